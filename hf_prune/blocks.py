@@ -1,0 +1,448 @@
+"""The decoder blocks of a model, the linears in them and how they are called: the only file that knows Transformers' modules.
+
+Nothing is looked up by architecture. Blocks are the `ModuleList` of gradient-checkpointing layers; what a block calls, in
+which order and on which shared inputs, is seen by running eight tokens through it once. A mixture's fused 3-D expert
+parameter is found the same way: by the matrix products that read it. Leaves out everything that changes a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, greenlet
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(eq=False)
+class Linear:
+    """One prunable weight, always seen as (out, in)."""
+
+    name: str  # "model.layers.0.mlp.up_proj"; of an expert "model.layers.0.mlp.experts.gate_up_proj.3"
+    parameter_name: str
+    module: nn.Module
+    attribute: str  # of `module`, holds the parameter
+    transposed: bool = False  # stored (in, out): Conv1D, some fused experts
+    expert: int | None = None  # slice of a fused (experts, ., .) parameter
+    called: bool = False  # by the eight tokens
+    rank: tuple = (math.inf,)  # order of calls within the block
+    group: Any = None  # linears of one block with equal `group` read one input
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as an (out, in) view."""
+        return self.matrix(self.parameter.detach())
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The (out, in) view of this linear in any `tensor` of its parameter's shape: weight, mask or gradient."""
+        tensor = tensor if self.expert is None else tensor[self.expert]
+        return tensor.t() if self.transposed else tensor
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+
+@dataclass(eq=False)
+class Call:
+    """The arguments of one call of one block, but for its hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def run(self, block: Block, hidden: Tensor) -> Tensor:
+        """The block's hidden states for `hidden` (batch, length, d), as the model itself would compute them."""
+        device = block.device
+        hidden = hidden.to(device)
+        if "hidden_states" in self.kwargs:
+            output = block.module(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        else:
+            output = block.module(hidden, *self.args, **self.kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+
+@dataclass(eq=False)
+class Block:
+    """One decoder layer."""
+
+    name: str
+    module: nn.Module
+    linears: list[Linear] = field(default_factory=list)
+    left_dense: dict[str, str] = field(default_factory=dict)  # parameter that looks like a linear -> why it is none
+    rest_of_output: tuple = ()
+    returns_tuple: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+
+class Decoder:
+    """The blocks of a causal language model, found and tried once.
+
+    Raises:
+        ValueError: no stack of blocks, or blocks that do not simply follow one another.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.body = getattr(model, model.base_model_prefix, model)
+        stacks = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module)
+            and all(isinstance(child, GradientCheckpointingLayer) for child in module)
+        ]
+        if not stacks:
+            raise ValueError(
+                f"{type(model).__name__} has no stack of decoder blocks (a ModuleList of GradientCheckpointingLayer): "
+                "hf_prune needs a decoder-only language model of Transformers."
+            )
+        name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+        self.blocks = [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
+        for block in self.blocks:
+            block.linears = list(_linears_of(block))
+        self._trace()
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for block in self.blocks for linear in block.linears]
+
+    def _trace(self) -> None:
+        """Runs eight tokens; notes who is called in which order on which input, and finds the fused experts."""
+        calls: list[tuple[Linear, Tensor]] = []
+        previous: Tensor | None = None
+
+        def before(module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if previous is not None and not (hidden is previous or torch.equal(hidden.to(previous.device), previous)):
+                raise ValueError(
+                    f"{type(self.model).__name__} changes the hidden states between its blocks; hf_prune can only "
+                    "prune decoders whose blocks follow one another."
+                )
+
+        def after(module, args, output):
+            nonlocal previous
+            block = by_module[module]
+            block.returns_tuple = not isinstance(output, Tensor)
+            previous = output[0] if block.returns_tuple else output
+            block.rest_of_output = tuple(output[1:]) if block.returns_tuple else ()
+            _order(block, calls)
+            calls.clear()
+
+        by_module = {block.module: block for block in self.blocks}
+        with contextlib.ExitStack() as stack, torch.no_grad(), eager_experts(self.model):
+            for block in self.blocks:
+                stack.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.enter_context(watch(block, lambda linear, x: calls.append((linear, x)), discover=True))
+                stack.callback(block.module.register_forward_hook(after).remove)
+            ids = torch.arange(8, device=self.model.get_input_embeddings().weight.device)[None]
+            self.body(input_ids=ids % self.model.get_input_embeddings().weight.shape[0], use_cache=False)
+        if previous is None:
+            raise ValueError(f"{type(self.model).__name__} does not run the blocks that it holds.")
+
+    @torch.no_grad()
+    def capture(self, batches: list[Tensor], store: torch.device | None = None) -> tuple[list[Tensor], list[list[Call]]]:
+        """What reaches the blocks for each batch of `ids` (sequences, length).
+
+        Returns:
+            The hidden states before block 0, a tensor (sequences, length, d) a batch, on device `store` if that is given;
+            and `calls[block][batch]`: every block's own arguments, which differ between sliding-window and full attention.
+        """
+        states: list[Tensor] = []
+        calls: list[list[Call]] = [[] for _ in self.blocks]
+        pool: dict = {}
+
+        def stand_in(index: int, block: Block):
+            def forward(*args, **kwargs):
+                if "hidden_states" in kwargs:
+                    hidden, rest = kwargs["hidden_states"], args
+                else:
+                    hidden, rest = args[0], args[1:]
+                if index == 0:
+                    states.append(hidden if store is None else hidden.to(store))
+                kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
+                calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
+                return (hidden, *block.rest_of_output) if block.returns_tuple else hidden
+
+            return forward
+
+        device = self.model.get_input_embeddings().weight.device
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(_replaced(block.module, "forward", stand_in(index, block)))
+            for ids in batches:
+                self.body(input_ids=ids.to(device), use_cache=False)
+        return states, calls
+
+
+def run_lockstep(
+    block: Block,
+    calls: list[Call],
+    hidden: list[Tensor],
+    linears: list[Linear],
+    on_input: Callable[[Linear, Tensor], None],
+    on_complete: Callable[[Linear], None],
+    store: torch.device | None = None,
+) -> None:
+    """Runs all batches through `block` together, in place in `hidden`, pausing each at the linears on its way.
+
+    `on_input(linear, x)` is told of every batch's input (tokens, in) at the first linear of a group; when all batches that
+    need that group are there, `on_complete(linear)` may change its weights, and only then do they go on. So one pass both
+    collects and propagates, in the memory that the batches hold at that one point rather than that of all intermediates.
+    """
+    done: set = set()
+    main = greenlet.getcurrent()
+    ranks = {linear.group: linear.rank for linear in reversed(linears)}
+
+    def arrive(linear: Linear, x: Tensor) -> None:
+        if linear.group not in done:
+            on_input(linear, x)
+            main.switch(linear)
+
+    def forward(i: int) -> None:
+        output = calls[i].run(block, hidden[i])
+        hidden[i] = output if store is None else output.to(store)
+
+    with watch(block, arrive, linears) as watching:
+        batches = [greenlet(forward) for _ in calls]
+        paused: dict[int, Linear] = {}
+
+        def resume(i: int, *args) -> None:
+            linear = batches[i].switch(*args)
+            if batches[i].dead:
+                paused.pop(i, None)
+            else:
+                paused[i] = linear
+
+        try:
+            for i in range(len(batches)):
+                resume(i, i)
+            while paused:
+                first = min(paused.values(), key=lambda linear: ranks[linear.group])
+                with watching.pause():
+                    on_complete(first)
+                done.add(first.group)
+                for i in [i for i, linear in paused.items() if linear.group == first.group]:
+                    resume(i)
+        finally:
+            for batch in batches:
+                if not batch.dead:
+                    batch.throw(GreenletExit)
+
+
+class watch(TorchFunctionMode):
+    """While it is open, `on_input(linear, x)` hears of every call of `linears` (all of the block by default), before it runs.
+
+    `x` is (tokens, in). Modules are heard by a hook; fused experts by the matrix products that read their parameter, with
+    `discover` also those that are not known yet.
+    """
+
+    def __init__(self, block: Block, on_input: Callable[[Linear, Tensor], None], linears=None, discover: bool = False):
+        super().__init__()
+        self._block, self._on_input, self._discover = block, on_input, discover
+        linears = block.linears if linears is None else linears
+        self._modules = [linear for linear in linears if linear.expert is None]
+        self._experts = {(linear.parameter_name, linear.expert): linear for linear in linears if linear.expert is not None}
+        self._fused: dict[int, tuple[str, nn.Module, str]] = {}
+        if discover or self._experts:
+            for path, module in block.module.named_modules():
+                for attribute, parameter in module.named_parameters(recurse=False):
+                    if parameter.dim() == 3 and parameter.shape[0] > 1:
+                        name = ".".join(filter(None, (block.name, path, attribute)))
+                        self._fused[parameter.untyped_storage().data_ptr()] = name, module, attribute
+        self._paused = False
+
+    def __enter__(self):
+        def hook(linear):
+            def heard(module, args, kwargs):
+                x = args[0] if args else kwargs["input"]
+                self._on_input(linear, x if self._discover else x.reshape(-1, x.shape[-1]))
+
+            return heard
+
+        self._stack = contextlib.ExitStack()
+        for linear in self._modules:
+            self._stack.callback(linear.module.register_forward_pre_hook(hook(linear), with_kwargs=True).remove)
+        return super().__enter__() if self._fused else self
+
+    def __exit__(self, *exception):
+        self._stack.close()
+        return super().__exit__(*exception) if self._fused else None
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Products within are not calls of the block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not self._paused and getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1:
+            weight = args[1]
+            if isinstance(weight, Tensor) and (found := self._fused.get(weight.untyped_storage().data_ptr())):
+                self._product(found, args[0], weight, is_linear=func.__name__ == "linear")
+        return func(*args, **(kwargs or {}))
+
+    def _product(self, found: tuple[str, nn.Module, str], x: Tensor, weight: Tensor, is_linear: bool) -> None:
+        name, module, attribute = found
+        parameter = getattr(module, attribute)
+        stored_as_read = weight.stride()[-2:] == parameter.stride()[-2:]
+        if self._discover and (name, 0) not in self._experts:
+            for e in range(parameter.shape[0]):
+                linear = Linear(f"{name}.{e}", name, module, attribute, stored_as_read != is_linear, expert=e)
+                self._experts[name, e] = linear
+                self._block.linears.append(linear)
+        if weight.dim() == 3:  # a batched product over all experts: x is (experts, tokens, in)
+            experts, inputs = range(len(weight)), x
+        else:
+            experts, inputs = [(weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)], [x]
+        for expert, tokens in zip(experts, inputs):
+            if linear := self._experts.get((name, expert)):
+                # Inside this method the mode is off. It is on again while the listener may switch to another batch.
+                with _reentered(self):
+                    self._on_input(linear, tokens if self._discover else tokens.reshape(-1, tokens.shape[-1]))
+
+
+_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
+
+
+@contextlib.contextmanager
+def _reentered(mode: TorchFunctionMode) -> Iterator[None]:
+    TorchFunctionMode.__enter__(mode)
+    try:
+        yield
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
+
+
+@contextlib.contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Mixtures compute expert by expert within, so that each expert's own tokens can be seen."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs = [c for c in configs if hasattr(c, "_experts_implementation_internal")]
+    before = [c._experts_implementation_internal for c in configs]
+    try:
+        for config in configs:
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, implementation in zip(configs, before):
+            config._experts_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    own = module.__dict__.get(attribute)
+    setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        delattr(module, attribute) if own is None else setattr(module, attribute, own)
+
+
+def _linears_of(block: Block) -> Iterator[Linear]:
+    """The `nn.Linear` and `Conv1D` of a block; routers and other large parameters go to `block.left_dense`."""
+    for path, module in block.module.named_modules():
+        name = ".".join(filter(None, (block.name, path)))
+        if isinstance(module, (nn.Linear, Conv1D)):
+            if reason := _router(block.module, path):
+                block.left_dense[name] = reason
+            else:
+                yield Linear(name, f"{name}.weight", module, "weight", transposed=isinstance(module, Conv1D))
+        else:
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2 and min(parameter.shape) > 1 and "bias" not in attribute:
+                    block.left_dense[f"{name}.{attribute}"] = (
+                        _router(block.module, f"{path}.{attribute}") or "no linear that hf_prune knows"
+                    )
+
+
+def _router(block: nn.Module, path: str) -> str | None:
+    """Why the parameter or module at `path` decides where tokens go, or None."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        owner = type(block.get_submodule(".".join(parts[:end]))).__name__.lower()
+        if "router" in owner or "gating" in owner:
+            return "router"
+    parent = block.get_submodule(".".join(parts[:-1]))
+    experts = getattr(parent, "experts", None)
+    module = getattr(parent, parts[-1], None)
+    if experts is not None and isinstance(module, nn.Linear):
+        counts = [p.shape[0] for p in experts.parameters(recurse=False) if p.dim() == 3]
+        counts += [len(experts)] if isinstance(experts, nn.ModuleList) else []
+        if module.out_features == 1 or module.out_features in counts:
+            return "router"
+    return None
+
+
+def _order(block: Block, calls: list[tuple[Linear, Tensor]]) -> None:
+    """Fills in `called`, `rank` and `group` from what was heard; experts that were not reached follow their siblings."""
+    first_calls: dict[Linear, tuple[int, int]] = {}
+    for position, (linear, x) in enumerate(calls):
+        first_calls.setdefault(linear, (position, id(x)))
+    start: dict[str, int] = {}  # container of experts -> position of its first call
+    leaves: dict[tuple[str, str], tuple[int, int]] = {}  # (container, leaf) -> position, first position on its input
+    earliest: dict[int, int] = {}
+    for linear, (position, source) in first_calls.items():
+        earliest.setdefault(source, position)
+        if place := _expert_place(block, linear):
+            container, _, leaf = place
+            start.setdefault(container, position)
+            leaves.setdefault((container, leaf), (position, earliest[source]))
+    for index, linear in enumerate(block.linears):
+        linear.called = linear in first_calls
+        place = _expert_place(block, linear)
+        if place and (place[0], place[2]) in leaves:
+            container, expert, leaf = place
+            position, shared = leaves[container, leaf]
+            linear.rank, linear.group = (start[container], expert, position), (container, expert, shared)
+        elif linear.called:
+            position, source = first_calls[linear]
+            linear.rank, linear.group = (position, 0, 0), (earliest[source],)
+        else:
+            linear.rank, linear.group = (math.inf, index, 0), (linear.name,)
+    block.linears.sort(key=lambda linear: linear.rank)
+
+
+def _expert_place(block: Block, linear: Linear) -> tuple[str, int, str] | None:
+    """(container, expert, leaf) of an expert's linear, `("mlp.experts", 3, "w1")`; None of any other."""
+    path = linear.parameter_name[len(block.name) + 1 :].removesuffix(".weight").split(".")
+    if linear.expert is not None:
+        return ".".join(path[:-1]), linear.expert, path[-1]
+    for i, part in enumerate(path):
+        if part.isdigit():
+            return ".".join(path[:i]), int(part), ".".join(path[i + 1 :])
+    return None
+
+
+def _interned(value: Any, pool: dict) -> Any:
+    """`value` with its tensors replaced by equal ones that are alive already: batches share their attention masks."""
+    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+        return type(value)(_interned(v, pool) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    known = pool.setdefault((value.shape, value.dtype, value.device), [])
+    for tensor in known:
+        if tensor is value or torch.equal(tensor, value):
+            return tensor
+    known.append(value)
+    return value

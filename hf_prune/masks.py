@@ -1,0 +1,142 @@
+"""The masks of a model: which weights are kept. The only file that knows how a mask is stored.
+
+In memory and on disk a mask is bit-packed along its last dimension, one bit a weight, so that masks cost a sixteenth of a bf16
+model. They are stored, never re-derived from `weight != 0`: a kept weight may be 0.0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+
+FORMAT_VERSION = 1
+MASK_FILE = "masks.safetensors"
+
+
+class Masks(MutableMapping[str, Tensor]):
+    """Maps a parameter's name (`"model.layers.0.mlp.up_proj.weight"`) to its mask: bool, shape of the parameter, True = kept."""
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None):
+        self._packed: dict[str, tuple[numpy.ndarray, tuple[int, ...]]] = {}
+        for name, mask in (masks or {}).items():
+            self[name] = mask
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask of {name} must be bool with True = kept, got {mask.dtype}.")
+        packed = numpy.packbits(mask.detach().cpu().numpy(), axis=-1, bitorder="little")
+        self._packed[name] = packed, tuple(mask.shape)
+
+    def __getitem__(self, name: str) -> Tensor:
+        packed, shape = self._packed[name]
+        bits = numpy.unpackbits(packed, axis=-1, count=shape[-1], bitorder="little")
+        return torch.from_numpy(bits.view(numpy.bool_))
+
+    def __delitem__(self, name: str) -> None:
+        del self._packed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} parameters, sparsity {self.sparsity():.4f})"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one mask, without unpacking it."""
+        return self._packed[name][1]
+
+    def kept(self, name: str) -> int:
+        """Number of weights that one mask keeps."""
+        return int(numpy.bitwise_count(self._packed[name][0]).sum())
+
+    def numel(self) -> int:
+        """Number of weights under all masks."""
+        return sum(math.prod(shape) for _, shape in self._packed.values())
+
+    def sparsity(self) -> float:
+        """Fraction of weights, over all masks, that are pruned."""
+        return 1 - sum(self.kept(name) for name in self) / max(self.numel(), 1)
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Writes +0.0 in place at every pruned weight of `model`.
+
+        Raises:
+            ValueError: a mask has no parameter of its name and shape; no weight is changed then.
+        """
+        parameters = self.parameters_of(model)
+        for name, parameter in parameters.items():
+            parameter.masked_fill_(~self[name].to(parameter.device), 0.0)
+
+    @torch.no_grad()
+    def violations(self, model: nn.Module) -> dict[str, int]:
+        """Per parameter, how many pruned weights of `model` are not zero; only parameters that have any."""
+        found = {}
+        for name, parameter in self.parameters_of(model).items():
+            count = int(((parameter != 0) & ~self[name].to(parameter.device)).sum())
+            if count:
+                found[name] = count
+        return found
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` that the masks belong to, by name.
+
+        Raises:
+            ValueError: a mask has no parameter of its name, or of another shape.
+        """
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in self:
+            if name not in parameters:
+                raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
+            if tuple(parameters[name].shape) != self.shape(name):
+                raise ValueError(
+                    f"the masks do not belong to this model: {name} has shape {tuple(parameters[name].shape)}, "
+                    f"its mask {self.shape(name)}."
+                )
+        return {name: parameters[name] for name in self}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter, shapes in the metadata."""
+        shapes = {name: list(shape) for name, (_, shape) in self._packed.items()}
+        metadata = {"format": "hf_prune.masks", "version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)}
+        save_file({name: packed for name, (packed, _) in self._packed.items()}, Path(folder) / MASK_FILE, metadata)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Masks:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: not a mask file, of a newer version, or with contents that contradict each other.
+        """
+        path = Path(folder) / MASK_FILE
+        masks = cls()
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "hf_prune.masks":
+                    raise ValueError(f"{path} holds no masks of hf_prune: its format is {metadata.get('format')!r}.")
+                if int(metadata["version"]) > FORMAT_VERSION:
+                    raise ValueError(
+                        f"{path} has version {metadata['version']}, this hf_prune reads up to {FORMAT_VERSION}: update it."
+                    )
+                shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+                for name in file.keys():
+                    packed, shape = file.get_tensor(name), shapes[name]
+                    if packed.dtype != numpy.uint8 or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
+                        raise ValueError(f"{path}: the mask of {name} has shape {packed.shape}, not that of {shape}.")
+                    masks._packed[name] = packed, shape
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as masks of hf_prune: {error!r}.") from error
+        return masks

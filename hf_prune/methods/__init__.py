@@ -1,0 +1,11 @@
+"""The methods, one paper a file. Importing this package fills the registry."""
+
+from .base import REGISTRY, Method, Pruned, make, register
+from .gblm import GBLM
+from .magnitude import Magnitude
+from .ria import RIA
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
+
+
+__all__ = ["GBLM", "REGISTRY", "RIA", "Magnitude", "Method", "Pruned", "SparseGPT", "Wanda", "make", "register"]

@@ -1,0 +1,99 @@
+"""What a method is: statistics it needs, and a score per weight, or a solver that also rewrites the kept weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..patterns import Pattern
+
+
+class Pruned(NamedTuple):
+    """The outcome for one linear: new `weight` (out, in) fp32, `mask` (out, in) bool, damping of a solver."""
+
+    weight: Tensor
+    mask: Tensor
+    damping: float | None = None
+
+
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the paper's options.
+
+    A method that only scores defines `score`; a solver overrides `prune`. `needs` lists statistics of
+    `hf_prune.statistics`; `comparison_group` and `propagate` are the defaults of a config that leaves them open.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[tuple[type, ...]] = ()
+    comparison_group: ClassVar[str] = "row"
+    propagate: ClassVar[str] = "block"
+
+    def score(self, weight: Tensor, *statistics: Any) -> Tensor:
+        """One score per weight, the lowest go first: fp32 (out, in) from `weight` fp32 (out, in) and what `needs` lists."""
+        raise NotImplementedError
+
+    def prune(
+        self,
+        weights: Sequence[Tensor],
+        statistics: Sequence[tuple],
+        patterns: Sequence[Pattern],
+        group: str,
+        kept: Sequence[Tensor | None],
+        fixed: Sequence[Tensor | None],
+    ) -> list[Pruned]:
+        """Prunes the linears that read one input.
+
+        Args:
+            weights: fp32 (out, in) each; not changed.
+            statistics: for each weight, what `needs` lists; the linears of one input share its statistics.
+            patterns: one per weight.
+            group: comparison group, "row" or "matrix".
+            kept: per weight a mask (out, in) of an earlier pruning, whose zeros stay, or None.
+            fixed: per weight a mask to use as it is, or None.
+        """
+        results = []
+        for weight, known, pattern, old, mask in zip(weights, statistics, patterns, kept, fixed):
+            if mask is None:
+                mask = pattern.mask(forget(self.score(weight, *known), old), group)
+                mask = mask if old is None else mask & old
+            results.append(Pruned(weight * mask, mask))
+        return results
+
+    def options(self) -> dict[str, Any]:
+        """The fields and their values."""
+        return dataclasses.asdict(self)
+
+
+def forget(scores: Tensor, kept: Tensor | None) -> Tensor:
+    """`scores` with -inf where `kept` is False, so that weights which are gone already go first."""
+    return scores if kept is None else scores.masked_fill(~kept, -float("inf"))
+
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Makes a method known by its `name`, to config, command line and reports."""
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+def make(name: str, options: dict[str, Any] | None = None) -> Method:
+    """The method of that name with those options.
+
+    Raises:
+        ValueError: no such method, or no such option.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"method {name!r} is not known. Allowed: {', '.join(sorted(REGISTRY))}, or an instance of a Method.")
+    cls, options = REGISTRY[name], options or {}
+    allowed = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"method {name!r} has no option {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}.")
+    return cls(**options)
+
+
