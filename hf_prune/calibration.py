@@ -1,0 +1,224 @@
+"""Calibration: whatever the user has, as sequences of token ids.
+
+A list of strings or chats, token ids, a DataLoader, a `datasets` Dataset, a .txt, .jsonl or .parquet file, or the name of a
+data set on the Hub. Padding is cut off here and never enters the model, so no statistic has to know of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+_FILES = (".txt", ".jsonl", ".json", ".parquet")
+_PAPER_TRIES = 10_000
+
+
+def calibration_sequences(
+    source: Any,
+    tokenizer: Any = None,
+    *,
+    n_samples: int = 128,
+    sequence_length: int = 2048,
+    seed: int = 0,
+    sampling: str = "packed",
+    vocab_size: int | None = None,
+) -> list[Tensor]:
+    """`n_samples` sequences of ids, each int64 (length,), on the CPU.
+
+    Text gives sequences of exactly `sequence_length`: documents are shuffled and joined, with the end-of-sequence token
+    between them ("packed"), or one random window is taken of each document that is long enough ("paper", as in the code of
+    arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them.
+
+    Raises:
+        ValueError: too little text, ids outside the vocabulary, an empty or unknown source; says how much there was.
+        TypeError: something that is neither text nor ids.
+    """
+    if isinstance(source, str):
+        source = _named(source, seed)
+    elif isinstance(source, Path):
+        source = _read_file(source)
+    if isinstance(source, Tensor) and source.dim() == 1:
+        source = source[None]
+    items = iter(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else iter([source])
+    try:
+        first = next(items)
+    except StopIteration:
+        raise ValueError("the calibration data is empty: not one text or sequence was found in it.") from None
+    items = itertools.chain([first], items)
+    if _is_ids(first):
+        sequences = list(itertools.islice(_unpadded(items), n_samples))
+        _check_ids(sequences, sequence_length, n_samples, vocab_size)
+        return sequences
+    if tokenizer is None:
+        raise ValueError("calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer).")
+    documents = (_text(item, tokenizer) for item in items)
+    take = _paper_windows if sampling == "paper" else _packed_windows
+    sequences = take(documents, tokenizer, n_samples, sequence_length, random.Random(seed))
+    _check_ids(sequences, sequence_length, n_samples, vocab_size)
+    return sequences
+
+
+def batches_of(sequences: list[Tensor], tokens_per_batch: int) -> list[Tensor]:
+    """The sequences as ids (sequences, length) of equal length each, at most about `tokens_per_batch` tokens a batch."""
+    by_length: dict[int, list[Tensor]] = {}
+    for ids in sequences:
+        by_length.setdefault(len(ids), []).append(ids)
+    batches = []
+    for length, equal in by_length.items():
+        batches += torch.stack(equal).split(max(1, tokens_per_batch // length))
+    return batches
+
+
+def _named(source: str, seed: int) -> Iterable:
+    path = Path(source)
+    if path.suffix in _FILES or path.exists():
+        return _read_file(path)
+    if any(character.isspace() for character in source) or not source:
+        raise ValueError(
+            "calibration is one string. Give a list of texts, the path of a .txt, .jsonl or .parquet file, or the name of a "
+            "data set on the Hub."
+        )
+    from datasets import load_dataset
+
+    name, _, configuration = source.partition(":")
+    try:
+        return load_dataset(name, configuration or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=1000)
+    except Exception as error:
+        raise ValueError(
+            f"calibration {source!r} is no file here and could not be read as a Hub data set 'name' or 'name:configuration' "
+            f"with a train split: {error}"
+        ) from error
+
+
+def _read_file(path: Path) -> list:
+    if not path.is_file():
+        raise ValueError(f"the calibration file {path} does not exist.")
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        return Dataset.from_parquet(str(path))
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if path.suffix == ".json":
+        return json.loads(text)
+    return [text] if text.strip() else []
+
+
+def _is_ids(item: Any) -> bool:
+    if isinstance(item, Mapping) or hasattr(item, "input_ids"):
+        return "input_ids" in item
+    if isinstance(item, (list, tuple)):
+        return bool(item) and isinstance(item[0], int)
+    return isinstance(item, Tensor)
+
+
+def _unpadded(items: Iterable) -> Iterator[Tensor]:
+    for item in items:
+        mask = None
+        if not isinstance(item, (Tensor, list, tuple)):
+            mask = item.get("attention_mask")
+            item = item["input_ids"]
+        ids = torch.as_tensor(item).cpu()
+        if ids.is_floating_point() or ids.dim() not in (1, 2):
+            raise ValueError(f"token ids must be whole numbers (length,) or (sequences, length), got {tuple(ids.shape)} {ids.dtype}.")
+        rows = ids.reshape(-1, ids.shape[-1]).long()
+        keep = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).cpu().reshape(rows.shape)
+        for row, kept in zip(rows, keep):
+            if len(row := row[kept.bool()]):
+                yield row
+
+
+def _text(item: Any, tokenizer: Any) -> str:
+    if isinstance(item, Mapping):
+        for key in ("text", "content", "messages", "conversations"):
+            if key in item:
+                return _text(item[key], tokenizer)
+        strings = [value for value in item.values() if isinstance(value, str)]
+        if strings:
+            return strings[0]
+        raise TypeError(f"a calibration example has no text: its columns are {', '.join(map(str, item))}.")
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
+        return tokenizer.apply_chat_template(list(item), tokenize=False)
+    if isinstance(item, str):
+        return item
+    raise TypeError(f"calibration must hold texts, chats or token ids, found a {type(item).__name__}.")
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, verbose=False)["input_ids"]
+
+
+def _packed_windows(documents, tokenizer, n_samples: int, length: int, rng: random.Random) -> list[Tensor]:
+    needed, stream, found = n_samples * length, [], 0
+    pool: list[list[int]] = []
+    for text in documents:
+        ids = _encode(tokenizer, text)
+        if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, tokenizer.eos_token_id]
+        pool.append(ids)
+        found += len(ids)
+        if found >= 4 * needed:  # an endless source: a pool of four times the need is shuffled
+            break
+    rng.shuffle(pool)
+    for ids in pool:
+        stream += ids
+        if len(stream) >= needed:
+            break
+    if len(stream) < needed:
+        raise ValueError(
+            f"too little calibration text: {len(stream)} tokens in {len(pool)} documents, but {n_samples} sequences of {length} "
+            f"need {needed}. Give more text, or a config with n_samples={max(1, len(stream) // length)}"
+            + (f" and sequence_length={max(1, len(stream))}." if len(stream) < length else ".")
+        )
+    return list(torch.tensor(stream[:needed]).view(n_samples, length))
+
+
+def _paper_windows(documents, tokenizer, n_samples: int, length: int, rng: random.Random) -> list[Tensor]:
+    pool = [text for text in itertools.islice(documents, 100_000) if text]
+    encoded: dict[int, list[int]] = {}
+    windows: list[Tensor] = []
+    for _ in range(_PAPER_TRIES if pool else 0):
+        index = rng.randrange(len(pool))
+        if index not in encoded:
+            ids = _encode(tokenizer, pool[index])
+            encoded[index] = ids if len(ids) > length else []
+        if ids := encoded[index]:
+            start = rng.randrange(len(ids) - length)
+            windows.append(torch.tensor(ids[start : start + length]))
+            if len(windows) == n_samples:
+                return windows
+    raise ValueError(
+        f"sampling='paper' needs documents of more than {length} tokens: {_PAPER_TRIES} draws from {len(pool)} documents gave "
+        f"{len(windows)} of {n_samples} sequences. Use sampling='packed' or a shorter sequence_length."
+    )
+
+
+def _check_ids(sequences: list[Tensor], length: int, n_samples: int, vocab_size: int | None) -> None:
+    if not sequences:
+        raise ValueError("the calibration data is empty: not one token was found in it.")
+    if len(sequences) < n_samples:
+        logger.warning(f"calibration holds {len(sequences)} sequences, the config asks for n_samples={n_samples}: all are used.")
+    longest = max(map(len, sequences))
+    if longest > length:
+        raise ValueError(
+            f"a calibration sequence has {longest} tokens, more than sequence_length={length}, which is the model's number of "
+            "positions unless the config sets it. Cut the sequences or set sequence_length."
+        )
+    low, high = min(int(ids.min()) for ids in sequences), max(int(ids.max()) for ids in sequences)
+    if vocab_size is not None and (low < 0 or high >= vocab_size):
+        raise ValueError(
+            f"calibration ids run from {low} to {high}, the model's vocabulary from 0 to {vocab_size - 1}: they were made "
+            "with another tokenizer."
+        )

@@ -1,0 +1,159 @@
+"""`PruningConfig`: the only place where the user's words become objects. Every wrong word fails here."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .methods import Method, make
+from .methods.base import REGISTRY
+from .patterns import COMPARISON_GROUPS, NM, Pattern, parse
+
+
+CONFIG_FILE = "pruning_config.json"
+
+
+@dataclass
+class PruningConfig:
+    """What to prune, how, and from how much text.
+
+    Attributes:
+        method: "magnitude", "wanda", "sparsegpt", "gblm", "ria", or an instance of a `Method`.
+        pattern: "unstructured" (with `sparsity`), "unstructured:0.6", or "N:M" that keeps N of every M weights along `in`.
+        sparsity: fraction of weights to prune, in [0, 1); for the pattern "unstructured".
+        method_options: fields of the method, such as `{"damping": 0.05}`; only if `method` is a name.
+        comparison_group: within which set scores compete: "row", "matrix", "block" or "model"; None is the method's own.
+        propagate: "linear" prunes each linear the moment its calibration input arrives, in one pass; "block" runs each block
+            dense, prunes it, and runs it again (the papers' way); None is what measured better for the method.
+        include, exclude: globs on names of linears ("*.mlp.*"); a glob that matches nothing is an error.
+        overrides: glob -> pattern for some linears, such as `{"*.mlp.*": "4:8"}`; the last that matches counts.
+        n_samples: number of calibration sequences.
+        sequence_length: tokens of each; None is the model's number of positions, but at most 2048.
+        sampling: "packed" joins documents; "paper" takes a random window of one document that is long enough.
+        seed: of everything that is random.
+
+    Raises:
+        ValueError, TypeError: a value that is not allowed, in the constructor.
+    """
+
+    method: str | Method = "wanda"
+    pattern: str | float | Pattern = "unstructured"
+    sparsity: float = 0.5
+    method_options: dict[str, Any] = field(default_factory=dict)
+    comparison_group: str | None = None
+    propagate: str | None = None
+    include: list[str] = field(default_factory=lambda: ["*"])
+    exclude: list[str] = field(default_factory=list)
+    overrides: dict[str, str | float] = field(default_factory=dict)
+    n_samples: int = 128
+    sequence_length: int | None = None
+    sampling: str = "packed"
+    seed: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.method, Method):
+            if self.method_options:
+                raise ValueError("method_options go with a method's name; set the fields of the instance instead.")
+        elif isinstance(self.method, str):
+            self.method = make(self.method, self.method_options)
+        else:
+            raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
+        self.method_options = self.method.options()
+        self.pattern = parse(self.pattern, self.sparsity)
+        self.sparsity = self.pattern.sparsity
+        for name in ("include", "exclude"):
+            globs = getattr(self, name)
+            setattr(self, name, [globs] if isinstance(globs, str) else list(globs))
+        self.overrides = {glob: parse(pattern, self.sparsity) for glob, pattern in self.overrides.items()}
+        _one_of("comparison_group", self.comparison_group, (None, *COMPARISON_GROUPS))
+        _one_of("propagate", self.propagate, (None, "linear", "block"))
+        _one_of("sampling", self.sampling, ("packed", "paper"))
+        for name in ("n_samples", "sequence_length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        self.comparison_group = self.comparison_group or self.method.comparison_group
+        self.propagate = self.propagate or self.method.propagate
+        if self.comparison_group == "block" and self.propagate == "linear":
+            raise ValueError("comparison_group='block' compares all linears of a block before one is pruned: use propagate='block'.")
+        if self.comparison_group == "model" and self.method.needs:
+            raise ValueError(
+                f"comparison_group='model' needs all scores before any weight is pruned, but {self.method.name} scores a "
+                "block on the outputs of pruned blocks. Use method='magnitude', or the group 'row', 'matrix' or 'block'."
+            )
+        if self.comparison_group in ("block", "model"):
+            if type(self.method).prune is not Method.prune:
+                raise ValueError(f"{self.method.name} solves one matrix at a time: comparison_group must be 'row' or 'matrix'.")
+            if self.overrides:
+                raise ValueError(f"overrides need comparison_group='row' or 'matrix', not {self.comparison_group!r}.")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return bool(self.method.needs)
+
+    def patterns_for(self, names: list[str]) -> dict[str, Pattern]:
+        """The pattern of every linear in `names` that is to be pruned.
+
+        Raises:
+            ValueError: a glob matches none of the names, or nothing is left.
+        """
+        for glob in (*self.include, *self.exclude, *self.overrides):
+            if not any(_matches(name, glob) for name in names):
+                some = ", ".join(names[:: max(1, len(names) // 4)][:4])
+                raise ValueError(f"the glob {glob!r} matches no linear of this model. Its linears are named like {some}.")
+        chosen = {}
+        for name in names:
+            if any(_matches(name, g) for g in self.include) and not any(_matches(name, g) for g in self.exclude):
+                chosen[name] = self.pattern
+                for glob, pattern in self.overrides.items():
+                    if _matches(name, glob):
+                        chosen[name] = pattern
+        if not chosen:
+            raise ValueError(f"include={self.include} and exclude={self.exclude} leave no linear to prune.")
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `from_dict` reads them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["method"] = self.method.name
+        values["pattern"] = str(self.pattern) if isinstance(self.pattern, NM) else "unstructured"
+        values["overrides"] = {glob: str(pattern) for glob, pattern in self.overrides.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
+        """The config of those values.
+
+        Raises:
+            ValueError: a key that no field has.
+        """
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(allowed)):
+            raise ValueError(f"unknown key {', '.join(unknown)} in a pruning config. Allowed: {', '.join(allowed)}.")
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `pruning_config.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> PruningConfig:
+        """Reads `pruning_config.json` in `folder` or in its `pruning/`."""
+        path = Path(folder) / CONFIG_FILE
+        path = path if path.exists() else Path(folder) / "pruning" / CONFIG_FILE
+        values = json.loads(path.read_text())
+        return cls.from_dict(values.get("config", values))
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob) and name.split(".")[-1].isdigit()
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -1,0 +1,290 @@
+"""The whole one-shot procedure in one function: check, calibrate, walk the blocks, report; or leave everything as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .blocks import Decoder, Linear
+from .calibration import batches_of, calibration_sequences
+from .config import PruningConfig
+from .gradients import model_gradients
+from .masks import Masks
+from .patterns import NM, Pattern
+from .report import PruningReport
+from .sequential import Plan, prune_blocks, prune_without_data
+from .statistics import GradientNorm
+from .undo import Undo
+
+
+logger = logging.get_logger(__name__)
+
+_CPU_BATCH_TOKENS = 2048  # intermediates of a block stay near the cache
+
+
+def prune_model(
+    model: PreTrainedModel,
+    config: PruningConfig,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    *,
+    old_masks: Masks | None = None,
+    fixed_masks: Masks | None = None,
+    tokens_per_batch: int | None = None,
+    store: str | torch.device | None = None,
+) -> tuple[Masks, PruningReport]:
+    """Prunes the linears of `model` in place; returns their masks and a report.
+
+    Args:
+        model: a decoder-only language model of Transformers, any floating dtype, on one or several devices.
+        config: what to prune and how.
+        calibration: see `calibration_sequences`; only methods that need data read it.
+        tokenizer: for text.
+        old_masks: of an earlier pruning of this model; their zeros stay.
+        fixed_masks: masks to use as they are, keyed by parameter name: a solver then only updates the kept weights.
+        tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
+        store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+
+    Raises:
+        ValueError, TypeError: anything that cannot be pruned as asked. The model is then as it was before the call, also
+            after KeyboardInterrupt.
+    """
+    started = time.perf_counter()
+    check_model(model)
+    old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
+    with _calm(model), _peak_memory(model) as peak:
+        _check_weights(model)
+        decoder = Decoder(model)
+        linears, skipped = _targets(decoder, config)
+        patterns = {name: pattern for name, pattern in config.patterns_for([x.name for x in linears]).items()}
+        chosen = [linear for linear in linears if linear.name in patterns]
+        skipped.update({x.name: "excluded by the config" for x in linears if x.name not in patterns})
+        _check_patterns(chosen, patterns, config, old_masks, fixed_masks)
+        parameters = {linear.parameter_name: linear.parameter for linear in chosen}
+
+        sequences: list[Tensor] = []
+        if config.needs_calibration:
+            sequences = _sequences(model, config, calibration, tokenizer)
+        elif calibration is not None:
+            logger.info(f"{config.method.name} needs no data: the calibration text is not used.")
+
+        undo = Undo(parameters.values())
+        plan = Plan(
+            decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
+            before_change=undo.save,
+        )  # fmt: skip
+        try:
+            gradient_seconds = 0.0
+            if not config.needs_calibration:
+                masks, blocks = prune_without_data(plan)
+            else:
+                by_block = GradientNorm in config.method.needs and config.method.scope == "block"
+                if GradientNorm in config.method.needs and not by_block:
+                    before = time.perf_counter()
+                    method = config.method
+                    order = 1 if method.norm == "l1" else 2
+                    some = sequences[: method.gradient_samples]
+                    plan.gradients = model_gradients(
+                        model, decoder.blocks, chosen, some, order, method.gradient_checkpointing
+                    )
+                    gradient_seconds = time.perf_counter() - before
+                batches = batches_of(sequences, 1 if by_block else tokens_per_batch or _batch_tokens(model, sequences))
+                masks, blocks = prune_blocks(
+                    plan,
+                    batches,
+                    probe=sequences[0][None, :256],
+                    store=None if store is None else torch.device(store),
+                    gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
+                )
+        except BaseException:
+            undo.restore()
+            raise
+        finally:
+            undo.close()
+    for name in old_masks:
+        if name not in masks:
+            masks[name] = old_masks[name]
+    report = PruningReport(
+        config=config.to_dict(),
+        model=type(model).__name__,
+        blocks=blocks,
+        sparsity=masks.sparsity(),
+        model_sparsity=masks.sparsity() * masks.numel() / sum(p.numel() for p in model.parameters()),
+        sequences=len(sequences),
+        tokens=sum(map(len, sequences)),
+        seconds=time.perf_counter() - started,
+        gradient_seconds=gradient_seconds,
+        peak_memory=peak(),
+        skipped=skipped,
+    )
+    for name, why in {**{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")}, **report.notes}.items():
+        logger.warning(f"{name}: {why}")
+    return masks, report
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses what cannot be pruned.
+
+    Raises:
+        TypeError, ValueError: no causal language model; quantized, offloaded or with adapters.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"hf_prune prunes models of Transformers, got a {type(model).__name__}.")
+    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model. Load it with AutoModelForCausalLM.from_pretrained(...)."
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} carries an adapter, which would hide the pruned weight. Call merge_and_unload() first, or prune "
+                "before adding adapters."
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise ValueError(
+                f"{name} is quantized ({parameter.dtype}). Prune the model in bfloat16, float16 or float32, then quantize."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded (device 'meta'). Load the model without offloading, for example device_map='cpu'."
+            )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not is_dequantized(model):
+        raise ValueError(
+            f"the model is quantized ({quantizer.quantization_config.quant_method}). Load it in bfloat16 or float32, prune, "
+            "then quantize."
+        )
+
+
+def is_dequantized(model: nn.Module) -> bool:
+    """True of a model that was read from a quantized file (GGUF) into plain floating-point modules."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = str(getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")).lower()
+    return "gguf" in method and not getattr(quantizer, "packed_modules", None)
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        # A sum is NaN or inf if any summand is; only then is a closer look needed.
+        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            raise ValueError(f"the weights of {name} are not finite (NaN or inf): the checkpoint is damaged or overflowed.")
+
+
+def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
+    skipped = {name: why for block in decoder.blocks for name, why in block.left_dense.items()}
+    outside = {id(p) for p in (decoder.model.get_input_embeddings().weight, decoder.model.get_output_embeddings().weight)}
+    owners: dict[tuple[int, int | None], str] = {}
+    linears = []
+    for linear in decoder.linears:
+        key = id(linear.parameter), linear.expert
+        if key[0] in outside:
+            skipped[linear.name] = "shares its weight with the embedding"
+        elif key in owners:
+            skipped[linear.name] = f"shares its weight with {owners[key]}"
+        else:
+            owners[key] = linear.name
+            linears.append(linear)
+    kept = {linear.name for linear in linears}
+    for block in decoder.blocks:
+        block.linears = [linear for linear in block.linears if linear.name in kept]
+    return linears, skipped
+
+
+def _check_patterns(
+    linears: list[Linear], patterns: dict[str, Pattern], config: PruningConfig, old: Masks, fixed: Masks
+) -> None:
+    for linear in linears:
+        pattern = patterns[linear.name]
+        if isinstance(pattern, NM) and linear.in_features % pattern.m:
+            raise ValueError(
+                f"pattern '{pattern}' needs in_features divisible by {pattern.m}, but {linear.name} has "
+                f"{linear.in_features}. Leave it out with exclude=['*.{linear.name.split('.')[-1]}'] or use "
+                "pattern='unstructured'."
+            )
+        if linear.parameter_name in old:
+            gone = 1 - float(linear.matrix(old[linear.parameter_name]).float().mean())
+            if gone > pattern.sparsity + 1e-3:
+                raise ValueError(
+                    f"{linear.name} is pruned to {gone:.3f} already, and {pattern} asks for less ({pattern.sparsity:.3f}). "
+                    "Pruned weights do not come back: load the dense model, or ask for more."
+                )
+    if fixed:
+        known = {linear.parameter_name: linear for linear in linears}
+        for name in fixed:
+            if name not in known or fixed.shape(name) != tuple(known[name].parameter.shape):
+                raise ValueError(f"the mask of {name} belongs to no linear that is to be pruned.")
+        if missing := [name for name in known if name not in fixed]:
+            raise ValueError(f"masks were given, but none for {missing[0]}. Exclude it or add its mask.")
+
+
+def _sequences(model: PreTrainedModel, config: PruningConfig, calibration: Any, tokenizer: Any) -> list[Tensor]:
+    if calibration is None:
+        raise ValueError(
+            f"{config.method.name} needs calibration text: model.prune(config, calibration=[...], tokenizer=tokenizer). "
+            "method='magnitude' needs none."
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = config.sequence_length
+    if length is None:
+        length = min(2048, positions or 2048)
+    elif positions and length > positions:
+        raise ValueError(f"sequence_length={length} is more than the model's {positions} positions.")
+    return calibration_sequences(
+        calibration,
+        tokenizer,
+        n_samples=config.n_samples,
+        sequence_length=length,
+        seed=config.seed,
+        sampling=config.sampling,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:
+    """On a CPU as many tokens as run fastest; on a GPU as many as a third of its free memory holds of one block's work."""
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cuda":
+        return _CPU_BATCH_TOKENS
+    text = model.config.get_text_config()
+    width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    scores = 4 * getattr(text, "num_attention_heads", 32) * max(map(len, sequences))  # if attention is not fused
+    per_token = 4 * (8 * text.hidden_size + 4 * width) + scores
+    return max(_CPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // (3 * per_token))
+
+
+@contextlib.contextmanager
+def _calm(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode within; every module's mode and gradient-checkpointing flag are as before afterwards."""
+    before = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _peak_memory(model: PreTrainedModel) -> Iterator[Any]:
+    """Within, counts the highest memory; yields a function that tells it in bytes, or None where the system does not."""
+    device = next(model.parameters()).device
+    peak: int | None = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    yield lambda: peak
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/status") as file:
+            peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))

@@ -1,0 +1,129 @@
+"""What a pruning did, linear by linear, as a value: printed as a table, or turned into a dict or Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class LinearReport:
+    """One linear. `error` is ||(W - W') X|| / ||W X|| over a sample of the calibration tokens, None if there was no data."""
+
+    name: str
+    pattern: str
+    sparsity: float
+    pattern_holds: bool
+    error: float | None = None
+    damping: float | None = None
+    note: str = ""
+
+
+@dataclass
+class BlockReport:
+    """One block. `error` is the relative change of the block's output on one short sequence that reaches it pruned."""
+
+    name: str
+    seconds: float
+    error: float | None
+    linears: list[LinearReport]
+
+    @property
+    def sparsity(self) -> float | None:
+        """Mean over the block's linears."""
+        return sum(linear.sparsity for linear in self.linears) / len(self.linears) if self.linears else None
+
+
+@dataclass
+class PruningReport:
+    """What `prune` did.
+
+    Attributes:
+        sparsity: fraction of zeros over the pruned linears (by their masks).
+        model_sparsity: the same zeros over all parameters of the model.
+        tokens: calibration tokens used.
+        skipped: name -> why it was left dense.
+        peak_memory: bytes, highest resident set of the process meanwhile (or of the GPU's allocator); None if unknown.
+    """
+
+    config: dict[str, Any]
+    model: str
+    blocks: list[BlockReport] = field(default_factory=list)
+    sparsity: float = 0.0
+    model_sparsity: float = 0.0
+    sequences: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    gradient_seconds: float = 0.0
+    peak_memory: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> list[LinearReport]:
+        return [linear for block in self.blocks for linear in block.linears]
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Linears of which there is something to say: unreached experts, raised damping."""
+        return {linear.name: linear.note for linear in self.linears if linear.note}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningReport:
+        """What `to_dict` gave."""
+        blocks = [BlockReport(**{**b, "linears": [LinearReport(**x) for x in b["linears"]]}) for b in values["blocks"]]
+        return cls(**{**values, "blocks": blocks})
+
+    def _summary(self) -> list[str]:
+        lines = [
+            f"{self.model}: {self.config['method']}, {self.config['pattern']}, "
+            f"{len(self.linears)} linears in {len(self.blocks)} blocks",
+            f"sparsity {self.sparsity:.4f} of the pruned linears, {self.model_sparsity:.4f} of all parameters",
+            f"calibration {self.sequences} sequences, {self.tokens} tokens"
+            if self.tokens
+            else "no calibration data used",
+            f"{self.seconds:.1f} s"
+            + (f", {self.gradient_seconds:.1f} s of it for gradients" if self.gradient_seconds else "")
+            + (f"; peak memory {self.peak_memory / 2**30:.2f} GiB" if self.peak_memory else ""),
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in {**self.skipped, **self.notes}.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            lines.append(f"{why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+        return lines
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        def number(value, digits):
+            return "-" if value is None else f"{value:.{digits}f}"
+
+        return [
+            (b.name, number(b.sparsity, 4), "yes" if all(x.pattern_holds for x in b.linears) else "NO",
+             number(_mean([x.error for x in b.linears]), 3), number(b.error, 3), f"{b.seconds:.2f}")
+            for b in self.blocks
+        ]  # fmt: skip
+
+    def to_markdown(self) -> str:
+        """Summary and a table of the blocks."""
+        head = "| " + " | ".join(_COLUMNS) + " |\n|" + "---|" * len(_COLUMNS)
+        return "\n".join(f"- {line}" for line in self._summary()) + "\n\n" + "\n".join(
+            [head, *("| " + " | ".join(row) + " |" for row in self._rows())]
+        )
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*table, *self._summary()])
+
+
+_COLUMNS = ("block", "sparsity", "pattern holds", "mean linear error", "block error", "seconds")
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,316 @@
+"""The walk over the blocks: statistics are collected, linears pruned, and the next block sees pruned outputs.
+
+Two ways. "block": the dense block is run for its statistics, pruned, and run again (all papers). "linear": all batches run in
+lockstep and pause at each linear; it is pruned the moment its input has arrived, so one pass does both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .blocks import Block, Call, Decoder, Linear, eager_experts, run_lockstep, watch
+from .gradients import block_gradients
+from .masks import Masks
+from .methods import Magnitude, Method
+from .patterns import NM, Pattern, lowest_of_all
+from .report import BlockReport, LinearReport
+from .statistics import GradientNorm
+
+
+_SAMPLE = 128  # tokens on which the error of a linear is measured
+
+
+@dataclass
+class Plan:
+    """What is to be done: which linears get which pattern, by which method."""
+
+    decoder: Decoder
+    patterns: dict[str, Pattern]
+    method: Method
+    group: str
+    propagate: str
+    kept: Masks = field(default_factory=Masks)  # of an earlier pruning: its zeros stay
+    fixed: Masks = field(default_factory=Masks)  # to be used as they are
+    gradients: dict[str, GradientNorm] = field(default_factory=dict)
+    before_change: Callable[[torch.nn.Parameter], None] = lambda parameter: None
+
+    def linears(self, block: Block) -> list[Linear]:
+        return [linear for linear in block.linears if linear.name in self.patterns]
+
+
+class _Input:
+    """The statistics of one input, shared by the linears that read it, and a few of its rows."""
+
+    def __init__(self, kinds: list[type], linear: Linear, n_batches: int, device: torch.device):
+        self.linear = linear
+        self.statistics = {kind: kind(linear.in_features, device) for kind in kinds}
+        self._per_batch = -(-_SAMPLE // n_batches)
+        self._rows: list[Tensor] = []
+        self._sampled = 0
+
+    def update(self, x: Tensor) -> None:
+        for statistic in self.statistics.values():
+            statistic.update(x)
+        if len(x) and self._sampled < _SAMPLE:
+            rows = x[:: -(-len(x) // self._per_batch)]
+            self._sampled += len(rows)
+            self._rows.append(rows.clone())
+
+    def check(self) -> None:
+        if not all(s.is_finite() for s in self.statistics.values()):
+            raise ValueError(
+                f"the activations that reach {self.linear.name} are not finite (NaN or inf). The model overflows on this "
+                "text: load it in bfloat16 or float32."
+            )
+
+    @property
+    def sample(self) -> Tensor | None:
+        return torch.cat(self._rows).float() if self._rows else None
+
+
+@torch.no_grad()
+def prune_without_data(plan: Plan) -> tuple[Masks, list[BlockReport]]:
+    """Prunes in place by weights alone."""
+    masks, reports = Masks(), []
+    if plan.group == "model":
+        everything = [linear for block in plan.decoder.blocks for linear in plan.linears(block)]
+        jointly = _joint_masks(plan, everything, {})
+    for block in tqdm(plan.decoder.blocks, desc=plan.method.name, unit="block"):
+        started = time.perf_counter()
+        work = _BlockWork(plan, block)
+        if plan.group == "model":
+            work.fixed = {linear.name: jointly.pop(linear.name) for linear in work.linears}
+        work.prune_all({})
+        work.finish(masks)
+        reports.append(BlockReport(block.name, time.perf_counter() - started, None, work.reports()))
+    return masks, reports
+
+
+@torch.no_grad()
+def prune_blocks(
+    plan: Plan, batches: list[Tensor], probe: Tensor, store: torch.device | None = None, gradient_samples: int | None = None
+) -> tuple[Masks, list[BlockReport]]:
+    """Prunes in place, block after block, on the calibration `batches`.
+
+    Args:
+        batches: ids (sequences, length) each, without padding; one sequence each where `gradient_samples` is given.
+        probe: ids (1, length); the error of a block is measured on them.
+        store: where hidden states wait; None keeps them where the blocks are.
+        gradient_samples: how many batches have a block-wise backward pass, for methods of scope "block".
+
+    Raises:
+        ValueError: activations that are not finite.
+    """
+    masks, reports = Masks(), []
+    with eager_experts(plan.decoder.model):
+        hidden, calls = plan.decoder.capture([*batches, probe], store)
+        for index, block in enumerate(tqdm(plan.decoder.blocks, desc=plan.method.name, unit="block")):
+            started = time.perf_counter()
+            work = _BlockWork(plan, block)
+            before = calls[index][-1].run(block, hidden[-1])
+            if gradient_samples:
+                some = slice(min(gradient_samples, len(batches)))
+                order = 1 if plan.method.norm == "l1" else 2
+                work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, order)
+            arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
+            if plan.propagate == "linear":
+                work.in_one_pass(arguments, states, store)
+            else:
+                work.in_two_passes(arguments, states, store)
+            after = calls[index][-1].run(block, hidden[-1])
+            hidden = [*states, after if store is None else after.to(store)]
+            calls[index].clear()
+            work.finish(masks)
+            error = _relative(after - before, before)
+            reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports()))
+    return masks, reports
+
+
+class _BlockWork:
+    """One block while it is being pruned."""
+
+    def __init__(self, plan: Plan, block: Block):
+        self.plan, self.block = plan, block
+        self.linears = plan.linears(block)
+        self.gradients = plan.gradients
+        self.groups: dict = {}
+        for linear in self.linears:
+            self.groups.setdefault(linear.group, []).append(linear)
+        self.masks: dict[str, Tensor] = {}  # parameter -> mask of its shape
+        self.fixed: dict[str, Tensor] = {}  # linear -> mask (out, in)
+        self._reports: dict[str, LinearReport] = {}
+        self._inputs: dict = {}
+
+    def in_one_pass(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
+        """propagate="linear"; `states` become the block's outputs, in place."""
+
+        def on_complete(linear: Linear) -> None:
+            self._prune_group(linear.group, self._inputs.pop(linear.group))
+
+        run_lockstep(self.block, calls, states, self.linears, self._listener(len(calls)), on_complete, store)
+        self._prune_unreached()
+
+    def in_two_passes(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
+        """propagate="block"; `states` become the block's outputs, in place."""
+        first = {group[0] for group in self.groups.values()}
+        heard = self._listener(len(calls))
+        last = max((linear for linear in self.linears if linear.called), key=lambda linear: linear.rank, default=None)
+        # An expert may be called or not, so only a plain linear tells that all others have been heard.
+        stop_at = last if last is not None and last.rank[1:] == (0, 0) and last is self.block.linears[-1] else None
+
+        def listener(linear: Linear, x: Tensor) -> None:
+            if linear in first:
+                heard(linear, x)
+            if linear is stop_at:
+                raise _Heard
+
+        for call, state in zip(calls, states):
+            with watch(self.block, listener, self.linears):
+                try:
+                    call.run(self.block, state)
+                except _Heard:  # the rest of the dense pass has nothing to tell
+                    pass
+        self.prune_all(self._inputs)
+        self._inputs = {}
+        for i, (call, state) in enumerate(zip(calls, states)):
+            output = call.run(self.block, state)
+            states[i] = output if store is None else output.to(store)
+
+    def prune_all(self, inputs: dict) -> None:
+        """Prunes every linear of the block, those without an input by magnitude."""
+        if self.plan.group == "block":
+            self.fixed = _joint_masks(self.plan, self.linears, inputs, self.gradients)
+        for group in self.groups:
+            if group in inputs:
+                self._prune_group(group, inputs[group])
+            elif not self.plan.method.needs:
+                self._prune(self.groups[group], self.plan.method, None)
+        self._prune_unreached()
+
+    def finish(self, masks: Masks) -> None:
+        """Hands over the masks."""
+        for name, mask in self.masks.items():
+            masks[name] = mask
+
+    def reports(self) -> list[LinearReport]:
+        return [self._reports[linear.name] for linear in self.linears]
+
+    def _listener(self, n_batches: int) -> Callable[[Linear, Tensor], None]:
+        kinds = [kind for kind in self.plan.method.needs if kind is not GradientNorm]
+
+        def heard(linear: Linear, x: Tensor) -> None:
+            if linear.group not in self._inputs:
+                self._inputs[linear.group] = _Input(kinds, linear, n_batches, x.device)
+            self._inputs[linear.group].update(x)
+
+        return heard
+
+    def _prune_group(self, group, source: _Input) -> None:
+        source.check()
+        self._prune(self.groups[group], self.plan.method, source)
+
+    def _prune_unreached(self) -> None:
+        """Experts that no token was sent to: by magnitude, within the same groups, and the report says so."""
+        for linear in self.linears:
+            if linear.name not in self._reports:
+                self._prune([linear], Magnitude(), None, "not reached by the calibration data, pruned by magnitude")
+
+    def _prune(self, linears: list[Linear], method: Method, source: _Input | None, note: str = "") -> None:
+        plan = self.plan
+        weights = [linear.weight.float() for linear in linears]
+        results = method.prune(
+            weights,
+            [_statistics(method, linear, source, self.gradients) for linear in linears],
+            [plan.patterns[linear.name] for linear in linears],
+            plan.group if plan.group == "row" else "matrix",
+            [_mask_of(plan.kept, linear) for linear in linears],
+            [self.fixed.get(linear.name, _mask_of(plan.fixed, linear)) for linear in linears],
+        )
+        sample = source.sample if source else None
+        for linear, weight, result in zip(linears, weights, results):
+            error = None
+            if sample is not None:
+                error = _relative(sample @ (weight - result.weight).t(), sample @ weight.t())
+            plan.before_change(linear.parameter)
+            # masked_fill rather than the product alone: a negative weight times 0 is -0.0
+            linear.weight.copy_(result.weight.masked_fill_(~result.mask, 0.0))
+            self._remember(linear, result.mask)
+            self._reports[linear.name] = self._linear_report(linear, result, error, note)
+
+    def _remember(self, linear: Linear, mask: Tensor) -> None:
+        name = linear.parameter_name
+        if name not in self.masks:
+            old = self.plan.kept.get(name)
+            shape = linear.parameter.shape
+            self.masks[name] = torch.ones(shape, dtype=torch.bool) if old is None else old
+        linear.matrix(self.masks[name]).copy_(mask)
+
+    def _linear_report(self, linear: Linear, result, error: float | None, note: str) -> LinearReport:
+        pattern = self.plan.patterns[linear.name]
+        if result.damping is not None and result.damping > self.plan.method.damping:
+            note = f"damping raised to {result.damping:g}, its Gram matrix had no Cholesky factor"
+        pruned = result.mask.numel() - int(result.mask.sum())
+        if isinstance(pattern, NM):
+            holds = pattern.violations(result.mask) == 0
+        else:
+            rows = linear.out_features if self.plan.group == "row" else 1
+            holds = pruned >= rows * pattern.count(result.mask.numel() // rows) or bool(self.fixed) or bool(self.plan.fixed)
+        return LinearReport(
+            linear.name, str(pattern), pruned / result.mask.numel(), holds, error, result.damping, note
+        )
+
+
+class _Heard(Exception):
+    pass
+
+
+def _statistics(method: Method, linear: Linear, source: _Input | None, gradients: dict[str, GradientNorm]) -> tuple:
+    known = []
+    for kind in method.needs:
+        if kind is GradientNorm:
+            known.append(_slice(gradients[linear.parameter_name], linear))
+        else:
+            known.append(source.statistics[kind])
+    return tuple(known)
+
+
+def _slice(norm: GradientNorm, linear: Linear) -> GradientNorm:
+    """The gradient norm of one linear, seen as (out, in)."""
+    part = GradientNorm.__new__(GradientNorm)
+    part.order, part.samples, part.sum = norm.order, norm.samples, linear.matrix(norm.sum)
+    return part
+
+
+def _mask_of(masks: Masks, linear: Linear) -> Tensor | None:
+    mask = masks.get(linear.parameter_name)
+    return None if mask is None else linear.matrix(mask).to(linear.parameter.device)
+
+
+def _joint_masks(plan: Plan, linears: list[Linear], inputs: dict, gradients=None) -> dict[str, Tensor]:
+    """Masks of linears whose scores compete with one another, for the comparison groups "block" and "model"."""
+    pattern = plan.patterns[linears[0].name]
+    scores, known = [], {}
+    for linear in linears:
+        source = inputs.get(linear.group)
+        method = plan.method if source or not plan.method.needs else None
+        if method is None:  # an unreached expert competes for itself
+            continue
+        kept = _mask_of(plan.kept, linear)
+        values = method.score(linear.weight.float(), *_statistics(method, linear, source, gradients or {}))
+        known[linear.name] = kept
+        scores.append(values if kept is None else values.masked_fill(~kept, -float("inf")))
+    if isinstance(pattern, NM):
+        masks = [pattern.mask(values) for values in scores]
+    else:
+        masks = [~gone for gone in lowest_of_all(scores, pattern.count(sum(s.numel() for s in scores)))]
+    return {name: mask if kept is None else mask & kept for (name, kept), mask in zip(known.items(), masks)}
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    return float(difference.float().norm() / reference.float().norm().clamp_min(1e-30))
