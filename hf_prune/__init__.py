@@ -1,0 +1,23 @@
+"""hf_prune: prune language models of Hugging Face Transformers. Importing it gives every `PreTrainedModel` its `prune()`."""
+
+from .blocks import Decoder, Linear
+from .calibration import calibration_sequences
+from .config import PruningConfig
+from .evaluation import Perplexity, perplexity
+from .masks import Masks
+from .methods import GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
+from .mixin import PruningMixin, install
+from .patterns import NM, Unstructured
+from .pruning import prune_model
+from .report import PruningReport
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "GBLM", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
+    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "install", "perplexity", "prune_model",
+    "register",
+]  # fmt: skip
+
+install()

@@ -33,8 +33,10 @@ def model_gradients(
     """For each parameter of `linears`, the norm over `samples` (each ids (length,)) of the language-model loss's gradient.
 
     Raises:
-        ValueError: a gradient is not finite.
+        ValueError: a gradient is not finite, or a sample has no next token to predict.
     """
+    if min(map(len, samples)) < 2:
+        raise ValueError("gradients of the language-model loss need calibration sequences of at least 2 tokens.")
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
     norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
     device = model.get_input_embeddings().weight.device

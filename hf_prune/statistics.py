@@ -70,7 +70,7 @@ class Hessian:
         gram + damping * mean(diag) * I = feedback @ diag(curvature) @ feedback^T, and the damping that was used.
 
         One Cholesky factorisation of the matrix with rows and columns reversed. In the papers' terms, with U the upper
-        Cholesky factor of the inverse, curvature_j = 1 / U_jj^2 and feedback = U^-1 diag(U): neither inverse is needed.
+        Cholesky factor of the inverse, curvature_j = 1 / U_jj^2 and feedback = U^-1 diag(U).
 
         Raises:
             ValueError: not factorised even with damping 1.0.

@@ -1,13 +1,15 @@
 """SparseGPT: prunes column by column and lets the weights that are left make up for it. Frantar, Alistarh, arXiv 2301.00774.
 
-The paper walks through U, the upper Cholesky factor of the inverse Hessian. With H = F D F^T, F unit upper triangular, the same
-updates read W_j + sum_{i<j} (W_i - Q_i) F_ij on the original weights (as in arXiv 2307.13304, theorem 6): one factorisation, no
-inverse, and a slab of 128 columns takes all of its compensation in one product. Slabs are held transposed, so that a column
-is contiguous. An input that is always zero needs no special case: damping gives it a small score that grows with |W|.
+The paper walks through U, the upper Cholesky factor of the inverse Hessian. Here H = F D F^T with F unit upper triangular, one
+factorisation and no inverse: U = D^-1/2 F^-1. With E the original minus the new weights of the columns that are done, a slab
+of 128 columns starts from W + E F V, where V is the inverse of F's diagonal block: two products on the original weights (as in
+arXiv 2307.13304, theorem 6) instead of an update of all columns to come. Slabs are held transposed, so that a column is
+contiguous. An input that is always zero needs no special case: damping gives it a small score that grows with |W|.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,33 +73,40 @@ class SparseGPT(Method):
 
     def _solve(self, w: Tensor, feedback: Tensor, curvature: Tensor, choices: list[_Choice], mask: Tensor) -> Tensor:
         """The new W^T (in, rows); fills in `mask`, which the choices hold views of."""
-        n = len(w)
+        n, rows = len(w), [choice.rows for choice in choices]
         error = torch.empty_like(w)  # original minus new weight, of the columns that are done
         new = torch.empty_like(w)
-        step = _multiple(self.block_size, choices)
+        step, tile = _multiple(self.block_size, choices), _multiple(_TILE, choices)
+        starts = itertools.accumulate(rows, initial=0)
+        by_group = [
+            (choice, slice(start, start + choice.rows))
+            for choice, start in zip(choices, starts)
+            if isinstance(choice.pattern, NM) and not choice.is_fixed
+        ]
         for a in range(0, n, step):
             b = min(a + step, n)
-            slab = torch.addmm(w[a:b], feedback[:a, a:b].t(), error[:a]) if a else w[:b].clone()
-            for choice, part in zip(choices, slab.split([c.rows for c in choices], dim=1)):
+            block = feedback[a:b, a:b]
+            decay = torch.linalg.solve_triangular(block, torch.eye(b - a, device=w.device), upper=True, unitriangular=True)
+            slab = w[a:b].clone()
+            if a:
+                slab.addmm_(decay.t(), feedback[:a, a:b].t() @ error[:a])
+            for choice, part in zip(choices, slab.split(rows, dim=1)):
                 choice.at_slab(a, part, curvature[a:b])
-            for c in range(a, b, _multiple(_TILE, choices)):
-                d = min(c + _multiple(_TILE, choices), b)
-                self._tile(w, slab[c - a : d - a], feedback, curvature, choices, mask, error, new, c, d)
-                if d < b:
-                    slab[d - a :].addmm_(feedback[c:d, d:b].t(), error[c:d])
+            for c in range(0, b - a, tile):
+                d = min(c + tile, b - a)
+                change = error[a + c : a + d]  # of the compensated weights; the buffer is filled for good below
+                for j in range(c, d):
+                    for choice, part in by_group:
+                        if j % choice.pattern.m == 0:
+                            choice.at_group(a + j, slab[j : j + choice.pattern.m, part], curvature)
+                    torch.mul(slab[j], mask[a + j], out=new[a + j])
+                    torch.sub(slab[j], new[a + j], out=change[j - c])
+                    if j + 1 < d:
+                        slab[j + 1 : d].addr_(decay[j, j + 1 : d], change[j - c], alpha=-1)
+                if d < b - a:
+                    slab[d:].addmm_(decay[c:d, d:].t(), change, alpha=-1)
+            torch.sub(w[a:b], new[a:b], out=error[a:b])
         return new
-
-    @staticmethod
-    def _tile(w, tile, feedback, curvature, choices, mask, error, new, c, d) -> None:
-        """Columns `c` to `d`, one after the other; `tile` (d - c, rows) holds them with all earlier compensation."""
-        for j in range(c, d):
-            for choice, part in zip(choices, tile.split([choice.rows for choice in choices], dim=1)):
-                if isinstance(choice.pattern, NM) and not choice.is_fixed and j % choice.pattern.m == 0:
-                    choice.at_group(j, part[j - c :], curvature)
-            torch.mul(tile[j - c], mask[j], out=new[j])
-            torch.sub(w[j], new[j], out=error[j])
-            if j + 1 < d:
-                tile[j - c + 1 :].addr_(feedback[j, j + 1 : d], error[j])
 
 
 class _Choice:

@@ -1,0 +1,144 @@
+"""The command `hf-prune`: prune, perplexity, inspect. Arguments in, one call of the library, text out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .config import PruningConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 if all went well, 2 with a message on stderr if the user's input was wrong."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"hf-prune {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-prune", description="Prune language models of Hugging Face Transformers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    prune = commands.add_parser("prune", help="prune a model and save it with its masks")
+    prune.add_argument("model", help="folder or Hub name")
+    prune.add_argument("output", help="folder to write")
+    prune.add_argument("--method", default="wanda")
+    prune.add_argument("--pattern", default="unstructured", help="'unstructured' or N:M that keeps N of M, such as 2:4")
+    prune.add_argument("--sparsity", type=float, default=0.5, help="for pattern 'unstructured'")
+    prune.add_argument("--calibration", help=".txt, .jsonl or .parquet file, or a Hub data set")
+    prune.add_argument("--n-samples", type=int, default=128)
+    prune.add_argument("--sequence-length", type=int)
+    prune.add_argument("--include", nargs="*", default=["*"], metavar="GLOB")
+    prune.add_argument("--exclude", nargs="*", default=[], metavar="GLOB")
+    prune.add_argument("--override", action="append", default=[], metavar="GLOB=PATTERN")
+    prune.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="option of the method, as JSON")
+    prune.add_argument("--propagate", choices=("linear", "block"))
+    prune.add_argument("--comparison-group", choices=("row", "matrix", "block", "model"))
+    prune.add_argument("--sampling", choices=("packed", "paper"), default="packed")
+    prune.add_argument("--seed", type=int, default=0)
+    prune.set_defaults(run=_prune)
+
+    perplexity = commands.add_parser("perplexity", help="measure the perplexity of a text file")
+    perplexity.add_argument("model", help="folder or Hub name")
+    perplexity.add_argument("text", help="text file")
+    perplexity.add_argument("--sequence-length", type=int)
+    perplexity.add_argument("--stride", type=int)
+    perplexity.set_defaults(run=_perplexity)
+
+    inspect = commands.add_parser("inspect", help="tell what is in a folder: masks, sparsity, whether zeros and masks agree")
+    inspect.add_argument("folder")
+    inspect.set_defaults(run=_inspect)
+
+    for command in (prune, perplexity):
+        command.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; default: as saved")
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--gguf-file", help="name of a GGUF file in the folder")
+    return parser
+
+
+def _load(args):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **files)
+    return model.to(args.device), AutoTokenizer.from_pretrained(args.model, **files)
+
+
+def _pairs(words: list[str], option: str) -> dict[str, str]:
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{option} needs NAME=VALUE, got {word!r}.")
+    return dict(word.split("=", 1) for word in words)
+
+
+def _value(text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _prune(args) -> int:
+    config = PruningConfig(
+        method=args.method,
+        pattern=args.pattern,
+        sparsity=args.sparsity,
+        method_options={name: _value(text) for name, text in _pairs(args.option, "--option").items()},
+        comparison_group=args.comparison_group,
+        propagate=args.propagate,
+        include=args.include,
+        exclude=args.exclude,
+        overrides=_pairs(args.override, "--override"),
+        n_samples=args.n_samples,
+        sequence_length=args.sequence_length,
+        sampling=args.sampling,
+        seed=args.seed,
+    )
+    if config.needs_calibration and not args.calibration:
+        raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")
+    if Path(args.output).is_file():
+        raise ValueError(f"{args.output} is a file, not a folder.")
+    model, tokenizer = _load(args)
+    print(model.prune(config, args.calibration, tokenizer))
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    print(f"saved to {args.output}")
+    return 0
+
+
+def _perplexity(args) -> int:
+    from .evaluation import perplexity
+
+    text = Path(args.text).read_text(encoding="utf-8")
+    print(perplexity(*_load(args), text, sequence_length=args.sequence_length, stride=args.stride, progress=True))
+    return 0
+
+
+def _inspect(args) -> int:
+    from transformers import AutoModelForCausalLM
+
+    from .serialization import PruningState
+
+    state = PruningState.load(args.folder)
+    print(f"{args.folder}: {state.config['method']}, {state.config['pattern']}")
+    masks = state.masks
+    for name in masks:
+        print(f"  {name}  {tuple(masks.shape(name))}  sparsity {1 - masks.kept(name) / masks[name].numel():.4f}")
+    print(f"{len(masks)} masks, sparsity {masks.sparsity():.4f} of {masks.numel()} weights")
+    if state.report:
+        print(f"{state.report.model_sparsity:.4f} of all parameters, calibrated on {state.report.tokens} tokens")
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype="auto")
+    violations = masks.violations(model)
+    for name, count in violations.items():
+        print(f"{name}: {count} pruned weights are not zero")
+    print("zeros and masks DISAGREE" if violations else "zeros and masks agree")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""`prune()` on every `PreTrainedModel`: put there when hf_prune is imported, only under free names, the class unchanged."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .config import PruningConfig
+from .masks import Masks
+from .pruning import check_model, is_dequantized, prune_model
+from .report import PruningReport
+from .serialization import FOLDER, PruningState, find_state
+
+
+_STATE = "_hf_prune_state"
+
+
+class PruningMixin:
+    """The methods that a model gains. They keep their state in one instance attribute, so deepcopy and pickle carry it."""
+
+    def prune(
+        self,
+        config: PruningConfig | None = None,
+        calibration: Any = None,
+        tokenizer: Any = None,
+        *,
+        masks: Masks | None = None,
+        tokens_per_batch: int | None = None,
+        store: str | torch.device | None = None,
+    ) -> PruningReport:
+        """Prunes the model in place.
+
+        Args:
+            config: what and how; default is Wanda at 50 %.
+            calibration: texts, chats, token ids, a DataLoader, a `datasets` Dataset, a file, or a Hub data set's name.
+            tokenizer: for text.
+            masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
+            tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
+            store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+
+        Returns:
+            A report; `print(report)` shows a table. The model saves with its masks from now on.
+
+        Raises:
+            ValueError, TypeError: anything that cannot be done as asked; no weight has changed then.
+        """
+        config = PruningConfig() if config is None else config
+        if not isinstance(config, PruningConfig):
+            raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}.")
+        check_model(self)
+        state = _state(self)
+        new_masks, report = prune_model(
+            self,
+            config,
+            calibration,
+            tokenizer,
+            old_masks=state.masks if state else None,
+            fixed_masks=masks,
+            tokens_per_batch=tokens_per_batch,
+            store=store,
+        )
+        if is_dequantized(self):  # plain weights by now, but transformers would refuse to save them
+            self.hf_quantizer = None
+            self.is_quantized = False
+            del self.config.quantization_config
+        _attach(self, PruningState(new_masks, config.to_dict(), report))
+        return report
+
+    @property
+    def pruning_masks(self) -> Masks | None:
+        """The masks, parameter name -> bool tensor, True = kept; None if the model was not pruned.
+
+        Raises:
+            ValueError: masks that do not agree with the weights.
+        """
+        state = _state(self)
+        return state.masks if state else None
+
+    @property
+    def pruning_report(self) -> PruningReport | None:
+        """The report of the last `prune`; it is saved with the model."""
+        state = _state(self)
+        return state.report if state else None
+
+
+def install() -> None:
+    """Gives `PreTrainedModel` the public names of `PruningMixin`, and lets `save_pretrained` write the masks. Idempotent.
+
+    `HF_PRUNE_NO_PATCH=1` in the environment prevents it; `prune_model` works without.
+    """
+    if os.environ.get("HF_PRUNE_NO_PATCH") == "1" or hasattr(PreTrainedModel.save_pretrained, "hf_prune"):
+        return
+    for name, value in vars(PruningMixin).items():
+        if not name.startswith("_") and not hasattr(PreTrainedModel, name):
+            setattr(PreTrainedModel, name, value)
+    original = PreTrainedModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        state = None if getattr(self, "_hf_peft_config_loaded", False) else _state(self)
+        # Before the weights, because with push_to_hub=True the original uploads what it finds.
+        existed = Path(save_directory, FOLDER).exists()
+        if state and is_main_process and not os.path.isfile(save_directory):
+            state.save(save_directory)
+        try:
+            return original(self, save_directory, *args, is_main_process=is_main_process, **kwargs)
+        except BaseException:
+            if state and not existed:
+                import shutil
+
+                shutil.rmtree(Path(save_directory, FOLDER), ignore_errors=True)
+            raise
+
+    save_pretrained.hf_prune = True
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _state(model: PreTrainedModel) -> PruningState | None:
+    state = model.__dict__.get(_STATE)
+    if state is None and (state := find_state(model)) is not None:
+        _attach(model, state)
+    return state
+
+
+def _attach(model: PreTrainedModel, state: PruningState) -> None:
+    model.__dict__[_STATE] = state
+    model.config.pruning_config = state.summary()

@@ -1,0 +1,254 @@
+"""Wrong input gives a clear error before any weight is touched, and an interrupted run leaves the weights as they were."""
+
+import json
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from hf_prune import PruningConfig, calibration_sequences
+from hf_prune.undo import Undo
+
+
+def config(**changes):
+    return PruningConfig(**{"n_samples": 6, "sequence_length": 24, **changes})
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"method": "wandas"}, "wanda"),
+        ({"pattern": "4:2"}, "2:4"),
+        ({"pattern": "3:5:1"}, "N:M"),
+        ({"sparsity": 1.0}, r"\[0, 1\)"),
+        ({"sparsity": float("nan")}, r"\[0, 1\)"),
+        ({"method_options": {"dampening": 0.1}, "method": "sparsegpt"}, "damping"),
+        ({"method": "sparsegpt", "comparison_group": "block", "propagate": "block"}, "one matrix"),
+        ({"method": "wanda", "comparison_group": "model"}, "magnitude"),
+        ({"comparison_group": "column"}, "row"),
+        ({"propagate": "sideways"}, "linear"),
+        ({"n_samples": 0}, "at least 1"),
+        ({"sequence_length": "long"}, "whole number"),
+        ({"overrides": {"*": "5:4"}}, "4:5"),
+        ({"method": "gblm", "method_options": {"alpha": "papers"}}, "paper"),
+        ({"method": "gblm", "method_options": {"norm": "l3"}}, "l1"),
+    ],
+)
+def test_config_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        PruningConfig(**values)
+
+
+def test_unknown_config_key():
+    with pytest.raises(ValueError, match="spasity.*Allowed"):
+        PruningConfig.from_dict({"method": "wanda", "spasity": 0.5})
+
+
+def test_config_round_trip(tmp_path):
+    first = config(method="gblm", pattern="4:8", overrides={"*.mlp.*": 0.7}, method_options={"alpha": 2.0})
+    first.save_pretrained(tmp_path)
+    assert PruningConfig.from_pretrained(tmp_path) == first
+    assert PruningConfig.from_dict(json.loads(json.dumps(config(sparsity=0.7).to_dict()))) == config(sparsity=0.7)
+
+
+def refuses(model, message, error=ValueError, calibration="ids", **changes):
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        model.prune(config(**changes), ids_for() if isinstance(calibration, str) else calibration)
+    assert same(model, before)
+    assert model.__dict__.get("_hf_prune_state") is None
+
+
+def test_shape_that_does_not_divide(llama):
+    refuses(llama, r"q_proj has 32.*exclude=\['\*\.q_proj'\]", pattern="3:5")
+
+
+@pytest.mark.parametrize("field", ["include", "exclude"])
+def test_glob_without_match(llama, field):
+    refuses(llama, "matches no linear.*q_proj", **{field: ["*.query"]})
+
+
+def test_override_without_match(llama):
+    refuses(llama, "matches no linear", overrides={"*.experts.*": "2:4"})
+
+
+def test_nothing_left(llama):
+    refuses(llama, "leave no linear", exclude=["*"])
+
+
+def test_models_that_are_no_causal_lm():
+    tiny = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    refuses(BertForSequenceClassification(BertConfig(**tiny)), "no causal language model")
+    refuses(T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), "no causal")
+    refuses(make("llama").model, "AutoModelForCausalLM")
+
+
+def test_quantized_and_adapted_and_offloaded():
+    model = make("llama")
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
+    refuses(model, "up_proj.weight is quantized")
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter.*merge_and_unload"):
+        adapted.prune(config(), ids_for())
+    with torch.device("meta"):
+        meta = type(model)(model.config)
+    with pytest.raises(ValueError, match="offloaded"):
+        meta.prune(config(), ids_for())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value):
+    model = make("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight.*not finite"):
+        model.prune(config(), ids_for())
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("propagate", ["linear", "block"])
+def test_activations_that_are_not_finite(llama, method, propagate):
+    with torch.no_grad():
+        llama.model.layers[1].post_attention_layernorm.weight.fill_(3e38)
+    refuses(llama, "layers.1.mlp.gate_proj are not finite", method=method, propagate=propagate)
+
+
+def test_already_pruned_and_less_is_asked(llama):
+    llama.prune(config(method="magnitude", sparsity=0.7))
+    before = snapshot(llama)
+    with pytest.raises(ValueError, match="asks for less"):
+        llama.prune(config(), ids_for())
+    assert same(llama, before)
+
+
+def test_same_call_twice_changes_nothing(llama):
+    llama.prune(config(pattern="2:4"), ids_for())
+    before = snapshot(llama)
+    llama.prune(config(pattern="2:4"), ids_for())
+    assert same(llama, before)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "gblm"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_half_way(method, error, monkeypatch):
+    model = make("mixtral").train()
+    before, keys, calls = snapshot(model), set(model.__dict__), []
+    original = Undo.save
+
+    def interrupted(self, parameter):
+        calls.append(parameter)
+        if len(calls) > 10:
+            raise error
+        original(self, parameter)
+
+    monkeypatch.setattr(Undo, "save", interrupted)
+    with pytest.raises(error):
+        model.prune(config(method=method), ids_for())
+    assert same(model, before) and model.training and set(model.__dict__) == keys
+    assert model.config._experts_implementation_internal != "eager" if hasattr(model.config, "_experts_implementation_internal") else True
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    monkeypatch.undo()
+    model.prune(config(method=method), ids_for())
+
+
+def test_undo_in_memory_when_the_disk_is_small(monkeypatch):
+    import collections
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(0))
+    parameter = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.bfloat16))
+    before = parameter.detach().clone()
+    undo = Undo([parameter])
+    undo.save(parameter)
+    parameter.data.zero_()
+    undo.restore()
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize(
+    "calibration,error,message",
+    [
+        (None, ValueError, "needs calibration text"),
+        ([], ValueError, "empty"),
+        ([""], ValueError, "needs a tokenizer"),
+        (torch.full((6, 24), 200), ValueError, "200.*vocabulary"),
+        (torch.zeros(6, 70, dtype=torch.long), ValueError, "70 tokens"),
+        (torch.rand(6, 24), ValueError, "whole numbers"),
+        ("some words that are text", ValueError, "list of texts"),
+        ("missing.jsonl", ValueError, "does not exist"),
+    ],
+)  # fmt: skip
+def test_calibration_refuses(llama, calibration, error, message):
+    before = snapshot(llama)
+    with pytest.raises(error, match=message):
+        llama.prune(config(), calibration)
+    assert same(llama, before)
+
+
+def test_sequence_longer_than_positions(llama):
+    refuses(llama, "64 positions", sequence_length=65)
+
+
+def test_wrong_types(llama):
+    with pytest.raises(TypeError, match="PruningConfig"):
+        llama.prune({"method": "wanda"})
+    with pytest.raises(TypeError, match="method must be"):
+        PruningConfig(method=3)
+
+
+class TestCalibration:
+    texts = [" ".join(str(3 + (i * j) % 120) for j in range(1, 40)) for i in range(1, 20)]
+
+    def test_packed(self, tokenizer):
+        one = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=1)
+        assert [len(ids) for ids in one] == [50] * 8
+        assert torch.equal(torch.stack(one), torch.stack(calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=1)))
+        other = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=2)
+        assert not torch.equal(torch.stack(one), torch.stack(other))
+
+    def test_too_little(self, tokenizer):
+        with pytest.raises(ValueError, match=r"760 tokens in 19 documents.*need 5000.*n_samples=15"):
+            calibration_sequences(self.texts, tokenizer, n_samples=100, sequence_length=50)
+
+    def test_paper(self, tokenizer):
+        found = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=20, sampling="paper")
+        streams = [tokenizer(text)["input_ids"] for text in self.texts]
+        for ids in found:
+            assert any(ids.tolist() == s[i : i + 20] for s in streams for i in range(len(s) - 20))
+        with pytest.raises(ValueError, match="sampling='packed'"):
+            calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=60, sampling="paper")
+
+    def test_sources(self, tokenizer, tmp_path):
+        from datasets import Dataset
+
+        rows = [{"text": text} for text in self.texts]
+        jsonl, txt, parquet = tmp_path / "a.jsonl", tmp_path / "a.txt", tmp_path / "a.parquet"
+        jsonl.write_text("\n".join(map(json.dumps, rows)))
+        txt.write_text("\n".join(self.texts))
+        Dataset.from_list(rows).to_parquet(str(parquet))
+        chats = [[{"role": "user", "content": text}] for text in self.texts]
+        sources = [jsonl, str(txt), str(parquet), Dataset.from_list(rows), iter(rows), chats, [{"messages": c} for c in chats], self.texts]
+        for source in sources:
+            found = calibration_sequences(source, tokenizer, n_samples=8, sequence_length=50)
+            assert len(found) == 8
+
+    def test_padding_is_cut_off(self):
+        ids = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]])
+        mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+        loader = torch.utils.data.DataLoader([{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask)], batch_size=2)
+        found = calibration_sequences(loader, n_samples=2)
+        assert [f.tolist() for f in found] == [[5, 6, 7], [8, 9, 10, 11, 12]]
+
+    def test_padding_does_not_count(self, llama):
+        ids = ids_for(6, 12)
+        padded = [{"input_ids": torch.cat([row, torch.zeros(5, dtype=torch.long)]), "attention_mask": torch.tensor([1] * 12 + [0] * 5)} for row in ids]
+        other = make("llama")
+        llama.prune(config(), ids)
+        other.prune(config(), padded)
+        assert same(llama, snapshot(other))
+
+    def test_fewer_ids_than_asked_is_said(self, llama, caplog):
+        report = llama.prune(config(n_samples=50), ids_for())
+        assert report.sequences == 6

@@ -1,0 +1,151 @@
+"""Each method equals its slow reference, and the papers' invariants hold."""
+
+import pytest
+import reference
+import torch
+
+from hf_prune import GBLM, RIA, Magnitude, SparseGPT, Wanda
+from hf_prune.methods import REGISTRY
+from hf_prune.patterns import NM, Unstructured
+from hf_prune.statistics import ActivationNorm, GradientNorm, Hessian
+
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.7), NM(2, 4), NM(4, 8)]
+
+
+def problem(out=48, width=256, tokens=2000, seed=0):
+    """A weight, and inputs whose channels are correlated and of different size."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=g) * torch.rand(width, generator=g) + torch.eye(width)
+    return torch.randn(out, width, generator=g), torch.randn(tokens, width, generator=g) @ mix
+
+
+def run(method, weight, x, pattern, gradients=(), group=None, kept=None, fixed=None):
+    known = []
+    for kind in method.needs:
+        if kind is GradientNorm:
+            statistic = GradientNorm(weight.shape, 1 if method.norm == "l1" else 2)
+            for g in gradients:
+                statistic.update(g.clone())
+        else:
+            statistic = kind(weight.shape[1])
+            for piece in x.split(300):
+                statistic.update(piece)
+        known.append(statistic)
+    [result] = method.prune([weight], [tuple(known)], [pattern], group or method.comparison_group, [kept], [fixed])
+    return result
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    "method,slow",
+    [(Magnitude(), reference.magnitude), (Wanda(), reference.wanda), (RIA(), reference.ria), (GBLM(alpha="paper"), reference.gblm_paper)],
+    ids=lambda value: getattr(value, "name", ""),
+)  # fmt: skip
+def test_scores_equal_reference(method, slow, pattern):
+    weight, x = problem()
+    gradients = [0.01 * torch.randn_like(weight) for _ in range(4)]
+    result = run(method, weight, x, pattern, gradients)
+    expected = reference.keep_highest(slow(weight, x, gradients), pattern, method.comparison_group)
+    assert (result.mask != expected).float().mean() < 2e-4  # summation order decides a near tie
+    assert torch.equal(result.weight, weight * result.mask)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_sparsegpt_equals_reference(pattern):
+    weight, x = problem()
+    result = run(SparseGPT(), weight, x, pattern)
+    expected, mask = reference.sparsegpt(weight, x, pattern)
+    assert (result.mask != mask).float().mean() < 2e-3
+    rows = (result.mask == mask).all(1)
+    assert rows.float().mean() > 0.8
+    assert torch.allclose(result.weight[rows].double(), expected[rows], atol=2e-3)
+    ours = ((result.weight - weight) @ x.t()).norm() / (weight @ x.t()).norm()
+    theirs = ((expected.float() - weight) @ x.t()).norm() / (weight @ x.t()).norm()
+    assert abs(ours / theirs - 1) < 0.01
+
+
+def test_compensation_beats_masks():
+    weight, x = problem()
+    error = {
+        m.name: float(((run(m, weight, x, NM(2, 4)).weight - weight) @ x.t()).norm()) for m in (Magnitude(), Wanda(), SparseGPT())
+    }
+    assert error["sparsegpt"] < error["wanda"] < error["magnitude"]
+
+
+def test_identity_inputs_make_sparsegpt_magnitude():
+    weight = torch.randn(32, 128)
+    result = run(SparseGPT(), weight, torch.eye(128), Unstructured(0.5))
+    assert torch.equal(result.mask, Unstructured(0.5).mask(weight.abs(), "matrix"))
+    assert torch.allclose(result.weight, weight * result.mask)
+
+
+def test_constant_norms_make_wanda_magnitude():
+    weight = torch.randn(32, 64)
+    assert torch.equal(run(Wanda(), weight, torch.ones(10, 64), NM(2, 4)).mask, run(Magnitude(), weight, None, NM(2, 4)).mask)
+
+
+def test_gblm_alpha_zero_is_wanda_and_large_is_gradient():
+    weight, x = problem()
+    gradients = [torch.randn_like(weight) for _ in range(3)]
+    half = Unstructured(0.5)
+    assert torch.equal(run(GBLM(alpha=0), weight, x, half, gradients).mask, run(Wanda(), weight, x, half).mask)
+    norm = torch.stack(gradients).square().mean(0).sqrt()
+    only = half.mask(weight.abs() * norm, "row")
+    assert (run(GBLM(alpha=1e9), weight, x, half, gradients).mask != only).float().mean() < 1e-3
+    scaled = [g * 1e-6 for g in gradients]  # scale-free
+    a, b = run(GBLM(), weight, x, half, gradients).mask, run(GBLM(), weight, x, half, scaled).mask
+    assert (a != b).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_opposite_gradients_do_not_cancel(order):
+    norm = GradientNorm(torch.Size([2, 2]), order)
+    for sign in (1, -1):
+        norm.update(sign * torch.full((2, 2), 3.0))
+    assert torch.allclose(norm.value, torch.full((2, 2), 3.0))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_fixed_mask_is_only_refitted(pattern):
+    weight, x = problem()
+    mask = run(Wanda(), weight, x, pattern).mask
+    result = run(SparseGPT(), weight, x, pattern, fixed=mask)
+    assert torch.equal(result.mask, mask)
+    before, after = ((weight * mask - weight) @ x.t()).norm(), ((result.weight - weight) @ x.t()).norm()
+    assert after < before
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_old_zeros_stay(name):
+    weight, x = problem()
+    gradients = [torch.randn_like(weight)]
+    old = Unstructured(0.4).mask(torch.rand_like(weight), "row")
+    result = run(REGISTRY[name](), weight * old, x, Unstructured(0.6), gradients, kept=old)
+    assert not (result.mask & ~old).any()
+    rows = 1 if REGISTRY[name].comparison_group == "matrix" else len(weight)
+    assert (~result.mask).sum() == rows * Unstructured(0.6).count(weight.numel() // rows)
+
+
+def test_dead_inputs_go_first_and_damping_is_reported():
+    weight, x = problem()
+    x[:, 10:30] = 0
+    result = run(SparseGPT(), weight, x, Unstructured(0.5))
+    assert result.mask[:, 10:30].float().mean() < 0.2
+    assert torch.equal(result.weight[:, 10:30], (weight * result.mask)[:, 10:30])
+    raised = run(SparseGPT(damping=0.0), weight, x, Unstructured(0.5))
+    assert raised.damping > 0 and raised.weight.isfinite().all()
+
+
+def test_statistics_are_sums_over_all_batches():
+    _, x = problem()
+    norm, hessian = ActivationNorm(256), Hessian(256)
+    for piece in x.split(333):
+        norm.update(piece)
+        hessian.update(piece)
+    assert torch.allclose(norm.norm, x.norm(dim=0), rtol=1e-4)
+    assert torch.allclose(hessian.gram.triu(), (x.t() @ x).triu(), rtol=1e-3, atol=1e-1)
+    feedback, curvature, damping = hessian.factor(0.01)
+    full = x.t() @ x
+    full += 0.01 * full.diagonal().mean() * torch.eye(256)
+    assert torch.allclose(feedback * curvature @ feedback.t(), full, rtol=1e-3, atol=full.max() * 1e-5)

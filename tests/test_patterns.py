@@ -1,0 +1,60 @@
+import math
+
+import pytest
+import torch
+from reference import keep_highest
+
+from hf_prune.patterns import NM, Unstructured, lowest_of_all, parse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("group", ["row", "matrix"])
+def test_exact_count_with_ties(dtype, sparsity, group):
+    scores = torch.randint(0, 4, (37, 100)).to(dtype)
+    pattern = Unstructured(sparsity)
+    mask = pattern.mask(scores, group)
+    assert torch.equal(mask, keep_highest(scores, pattern, group))
+    if group == "row":
+        assert ((~mask).sum(1) == pattern.count(100)).all()
+    else:
+        assert (~mask).sum() == pattern.count(3700)
+
+
+@pytest.mark.parametrize("n,m", [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (3, 7)])
+def test_nm_keeps_n(n, m):
+    scores = torch.randint(0, 5, (9, 16 * m)).float()
+    mask = NM(n, m).mask(scores)
+    assert torch.equal(mask, keep_highest(scores, NM(n, m), "row"))
+    assert (mask.view(-1, m).sum(1) == n).all()
+    assert NM(n, m).violations(mask) == 0
+
+
+def test_float_counts():
+    assert Unstructured(0.29).count(100) == 29  # 0.29 * 100 is 28.999999999999996
+
+
+def test_jointly_is_one_comparison():
+    parts = [torch.tensor([[1.0, 9.0]]), torch.tensor([[2.0], [3.0], [8.0]])]
+    gone = lowest_of_all(parts, 3)
+    assert gone[0].tolist() == [[True, False]] and gone[1].tolist() == [[True], [True], [False]]
+
+
+@pytest.mark.parametrize(
+    "words,pattern",
+    [("2:4", NM(2, 4)), ("unstructured", Unstructured(0.5)), ("unstructured:0.6", Unstructured(0.6)), (0.3, Unstructured(0.3)), ("60%", Unstructured(0.6))],
+)  # fmt: skip
+def test_parse(words, pattern):
+    assert parse(words) == pattern
+    assert parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("words", ["4:2", "3:5:1", "4:4", "0:4", "half", "", "1.0", "-0.5", 1.0, math.nan, None, True])
+def test_parse_refuses(words):
+    with pytest.raises((ValueError, TypeError), match="pattern|sparsity"):
+        parse(words)
+
+
+def test_error_says_the_way_out():
+    with pytest.raises(ValueError, match="2:4"):
+        parse("4:2")

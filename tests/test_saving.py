@@ -1,0 +1,209 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from transformers import AutoModelForCausalLM
+
+from hf_prune import Masks, Perplexity, PruningConfig, perplexity
+from hf_prune.cli import main
+
+
+def pruned(**changes):
+    model = make("llama")
+    model.prune(PruningConfig(n_samples=6, sequence_length=24, **changes), ids_for())
+    return model
+
+
+def test_folder_is_ordinary(tmp_path):
+    model = pruned(pattern="2:4")
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("generation")) == ["config.json", "model.safetensors", "pruning"]
+    assert sorted(p.name for p in (tmp_path / "pruning").iterdir()) == ["masks.safetensors", "pruning_config.json"]
+    code = (
+        "import sys, torch; sys.modules['hf_prune'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, dtype=torch.float32)\n"
+        f"torch.save(m(input_ids=torch.arange(5)[None]).logits, {str(tmp_path / 'logits.pt')!r})\n"
+        "assert not hasattr(m, 'prune')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(input_ids=torch.arange(5)[None]).logits)
+
+
+def test_masks_cost_a_bit_a_weight(tmp_path):
+    model = make("llama", hidden_size=128, intermediate_size=512)
+    model.prune(PruningConfig(method="magnitude", pattern="2:4"))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "pruning" / "masks.safetensors").stat().st_size < model.pruning_masks.numel() / 8 + 4000
+
+
+def test_report_and_config_come_back(tmp_path):
+    model = pruned(pattern="2:4")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.pruning_report.to_dict() == model.pruning_report.to_dict()
+    assert again.config.pruning_config["pattern"] == "2:4"
+    assert PruningConfig.from_pretrained(tmp_path) == PruningConfig.from_dict(model.pruning_report.config)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).prune(PruningConfig(method="magnitude", pattern="1:4")).sparsity == 0.75
+
+
+def test_changed_weights_are_found(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        again.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight"):
+        again.pruning_masks  # noqa: B018
+
+
+def test_missing_masks_are_an_error(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "pruning" / "masks.safetensors").unlink()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="masks.*not found"):
+        again.pruning_masks  # noqa: B018
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "noise"])
+def test_damaged_mask_file(tmp_path, damage):
+    Masks({"a": torch.ones(4, 9, dtype=torch.bool)}).save(tmp_path)
+    path = tmp_path / "masks.safetensors"
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif damage == "noise":
+        path.write_bytes(b"\xff" * 100)
+    else:
+        import safetensors.torch
+
+        safetensors.torch.save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="masks"):
+        Masks.load(tmp_path)
+
+
+def test_masks_round_trip_and_apply(llama, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    masks = Masks({name: torch.rand(64, 32) > 0.5})
+    masks.save(tmp_path)
+    again = Masks.load(tmp_path)
+    assert torch.equal(again[name], masks[name]) and again.sparsity() == masks.sparsity()
+    assert again.violations(llama)
+    again.apply(llama)
+    assert not again.violations(llama)
+    before = snapshot(llama)
+    with pytest.raises(ValueError, match="no parameter 'b'"):
+        Masks({name: masks[name], "b": masks[name]}).apply(llama)
+    with pytest.raises(ValueError, match="shape"):
+        Masks({name: masks[name][:2]}).apply(llama)
+    assert same(llama, before)
+    with pytest.raises(TypeError, match="bool"):
+        masks[name] = torch.ones(64, 32)
+
+
+def test_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = pruned()
+    (tmp_path / "file").write_text("")
+    model.save_pretrained(tmp_path / "file")  # transformers logs an error
+    assert (tmp_path / "file").read_text() == ""
+    monkeypatch.setattr(type(model.config), "save_pretrained", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder" / "pruning").exists()
+
+
+class TestPerplexity:
+    def reference(self, model, ids, length):
+        """The papers' code: windows without overlap, mean of the means."""
+        losses = [torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:]) for w in ids[: len(ids) // length * length].split(length)]
+        return torch.stack(losses).mean().exp().item()
+
+    @torch.no_grad()
+    def test_papers(self, llama):
+        ids = ids_for(1, 300)[0]
+        found = perplexity(llama, None, ids, sequence_length=40)
+        assert found.perplexity == pytest.approx(self.reference(llama, ids, 40), rel=1e-5)
+        assert (found.tokens, found.windows, found.sequence_length, found.bos) == (7 * 39, 7, 40, False)
+        assert perplexity(llama, None, ids[:280].view(7, 40)).perplexity == pytest.approx(found.perplexity)
+
+    @torch.no_grad()
+    def test_stride_predicts_every_token_once(self, llama):
+        ids = ids_for(1, 103)[0]
+        found = perplexity(llama, None, ids, sequence_length=40, stride=10)
+        assert found.tokens == 102
+        losses = [torch.nn.functional.cross_entropy(llama(input_ids=ids[None, :40]).logits[0, :-1], ids[1:40], reduction="sum")]
+        start, end = 10, 40
+        while end < 103:
+            window = ids[start : start + 40]
+            new = start + len(window) - end
+            losses.append(torch.nn.functional.cross_entropy(llama(input_ids=window[None]).logits[0, :-1][-new:], window[-new:], reduction="sum"))
+            start, end = start + 10, start + len(window)
+        assert found.perplexity == pytest.approx((torch.stack(losses).sum() / 102).exp().item(), rel=1e-5)
+
+    @torch.no_grad()
+    def test_bos(self, llama, tokenizer):
+        text = " ".join(str(i) for i in ids_for(1, 78)[0].tolist())
+        with_bos = perplexity(llama, tokenizer, text, sequence_length=40, add_bos=True)
+        assert with_bos.tokens == 78 and with_bos.bos and with_bos.windows == 2
+        assert not perplexity(llama, tokenizer, text, sequence_length=40).bos  # this tokenizer adds none itself
+
+    def test_refuses(self, llama, tokenizer):
+        for text, keywords, message in [
+            ("3 4", {"sequence_length": 40}, "2 tokens"),
+            ("3 4", {"sequence_length": 65}, "64 positions"),
+            ("3 4", {"sequence_length": 8, "stride": 9}, "stride"),
+            (torch.full((40,), 500), {"sequence_length": 40}, "vocabulary"),
+            ("", {"sequence_length": 8}, "0 tokens"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                perplexity(llama, tokenizer, text, **keywords)
+
+    def test_as_evaluate_module(self, llama, tokenizer):
+        evaluate = pytest.importorskip("evaluate")
+        import hf_prune.metric
+
+        texts = [" ".join(str(i) for i in row) for row in ids_for(4, 50).tolist()]
+        expected = perplexity(llama, tokenizer, texts, sequence_length=40)
+        for metric in (hf_prune.metric.Perplexity(), evaluate.load(hf_prune.metric.__file__)):
+            found = metric.compute(predictions=texts, model=llama, tokenizer=tokenizer, sequence_length=40)
+            assert Perplexity(**found) == expected
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def folder(self, tmp_path, tokenizer):
+        make("llama").save_pretrained(tmp_path / "dense")
+        tokenizer.save_pretrained(tmp_path / "dense")
+        (tmp_path / "text.txt").write_text(" ".join(str(i) for i in ids_for(1, 4000)[0].tolist()))
+        return tmp_path
+
+    def test_prune_inspect_perplexity(self, folder, capsys):
+        arguments = ["--calibration", str(folder / "text.txt"), "--n-samples", "8", "--sequence-length", "32"]
+        words = ["--method", "sparsegpt", "--pattern", "2:4", "--option", "damping=0.02", "--override", "*.down_proj=4:8"]
+        assert main(["prune", str(folder / "dense"), str(folder / "out"), *arguments, *words]) == 0
+        assert "2:4" in capsys.readouterr().out
+        assert main(["inspect", str(folder / "out")]) == 0
+        assert "zeros and masks agree" in capsys.readouterr().out
+        assert main(["perplexity", str(folder / "out"), str(folder / "text.txt"), "--sequence-length", "32"]) == 0
+        assert "perplexity" in capsys.readouterr().out
+        model = AutoModelForCausalLM.from_pretrained(folder / "out")
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.fill_(1.0)
+        torch.nn.Module.state_dict(model)
+        model.__dict__["_hf_prune_state"] = None
+        model.config.pruning_config = None
+        model.save_pretrained(folder / "out")
+        assert main(["inspect", str(folder / "out")]) == 1
+        assert "DISAGREE" in capsys.readouterr().out
+
+    def test_errors(self, folder, capsys):
+        dense = str(folder / "dense")
+        assert main(["prune", dense, str(folder / "out")]) == 2
+        assert "--calibration" in capsys.readouterr().err
+        assert main(["prune", dense, str(folder / "out"), "--method", "x"]) == 2
+        assert main(["prune", dense, str(folder / "out"), "--option", "x", "--method", "sparsegpt"]) == 2
+        assert main(["inspect", dense]) == 2
+        assert "no masks" in capsys.readouterr().err
+        assert not (folder / "out").exists()
