@@ -132,7 +132,9 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
             item = item["input_ids"]
         ids = torch.as_tensor(item).cpu()
         if ids.is_floating_point() or ids.dim() not in (1, 2):
-            raise ValueError(f"token ids must be whole numbers (length,) or (sequences, length), got {tuple(ids.shape)} {ids.dtype}.")
+            raise ValueError(
+                f"token ids must be whole numbers (length,) or (sequences, length), got {tuple(ids.shape)} {ids.dtype}."
+            )
         rows = ids.reshape(-1, ids.shape[-1]).long()
         keep = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).cpu().reshape(rows.shape)
         for row, kept in zip(rows, keep):
@@ -209,7 +211,9 @@ def _check_ids(sequences: list[Tensor], length: int, n_samples: int, vocab_size:
     if not sequences:
         raise ValueError("the calibration data is empty: not one token was found in it.")
     if len(sequences) < n_samples:
-        logger.warning(f"calibration holds {len(sequences)} sequences, the config asks for n_samples={n_samples}: all are used.")
+        logger.warning(
+            f"calibration holds {len(sequences)} sequences, the config asks for n_samples={n_samples}: all are used."
+        )
     longest = max(map(len, sequences))
     if longest > length:
         raise ValueError(

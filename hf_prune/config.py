@@ -79,7 +79,9 @@ class PruningConfig:
         self.comparison_group = self.comparison_group or self.method.comparison_group
         self.propagate = self.propagate or self.method.propagate
         if self.comparison_group == "block" and self.propagate == "linear":
-            raise ValueError("comparison_group='block' compares all linears of a block before one is pruned: use propagate='block'.")
+            raise ValueError(
+                "comparison_group='block' compares all linears of a block before one is pruned: use propagate='block'."
+            )
         if self.comparison_group == "model" and self.method.needs:
             raise ValueError(
                 f"comparison_group='model' needs all scores before any weight is pruned, but {self.method.name} scores a "
@@ -151,7 +153,9 @@ class PruningConfig:
 
 
 def _matches(name: str, glob: str) -> bool:
-    return fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob) and name.split(".")[-1].isdigit()
+    return (
+        fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob) and name.split(".")[-1].isdigit()
+    )
 
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:

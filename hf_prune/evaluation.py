@@ -84,11 +84,15 @@ def perplexity(
     ids = _ids(tokenizer, text, bos if add_bos else None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
-        raise ValueError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary to {vocabulary - 1}.")
+        raise ValueError(
+            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary to {vocabulary - 1}."
+        )
     body = length - 1 if add_bos else length
     starts = [0] if stride < length and 2 <= len(ids) < body else list(range(0, len(ids) - body + 1, min(stride, body)))
     if not starts:
-        raise ValueError(f"the text has {len(ids)} tokens, one window needs {body}. Give more text or a smaller sequence_length.")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, one window needs {body}. Give more text or a smaller sequence_length."
+        )
     if stride < length and starts[-1] + body < len(ids):
         starts.append(starts[-1] + stride)  # the shorter rest
     training = model.training

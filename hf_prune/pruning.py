@@ -91,9 +91,7 @@ def prune_model(
                     method = config.method
                     order = 1 if method.norm == "l1" else 2
                     some = sequences[: method.gradient_samples]
-                    plan.gradients = model_gradients(
-                        model, decoder.blocks, chosen, some, order, method.gradient_checkpointing
-                    )
+                    plan.gradients = model_gradients(model, decoder.blocks, chosen, some, order, method.gradient_checkpointing)
                     gradient_seconds = time.perf_counter() - before
                 batches = batches_of(sequences, 1 if by_block else tokens_per_batch or _batch_tokens(model, sequences))
                 masks, blocks = prune_blocks(
@@ -124,7 +122,10 @@ def prune_model(
         peak_memory=peak(),
         skipped=skipped,
     )
-    for name, why in {**{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")}, **report.notes}.items():
+    for name, why in {
+        **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
+        **report.notes,
+    }.items():
         logger.warning(f"{name}: {why}")
     return masks, report
 

@@ -83,9 +83,7 @@ class PruningReport:
             f"{self.model}: {self.config['method']}, {self.config['pattern']}, "
             f"{len(self.linears)} linears in {len(self.blocks)} blocks",
             f"sparsity {self.sparsity:.4f} of the pruned linears, {self.model_sparsity:.4f} of all parameters",
-            f"calibration {self.sequences} sequences, {self.tokens} tokens"
-            if self.tokens
-            else "no calibration data used",
+            f"calibration {self.sequences} sequences, {self.tokens} tokens" if self.tokens else "no calibration data used",
             f"{self.seconds:.1f} s"
             + (f", {self.gradient_seconds:.1f} s of it for gradients" if self.gradient_seconds else "")
             + (f"; peak memory {self.peak_memory / 2**30:.2f} GiB" if self.peak_memory else ""),
@@ -110,8 +108,10 @@ class PruningReport:
     def to_markdown(self) -> str:
         """Summary and a table of the blocks."""
         head = "| " + " | ".join(_COLUMNS) + " |\n|" + "---|" * len(_COLUMNS)
-        return "\n".join(f"- {line}" for line in self._summary()) + "\n\n" + "\n".join(
-            [head, *("| " + " | ".join(row) + " |" for row in self._rows())]
+        return (
+            "\n".join(f"- {line}" for line in self._summary())
+            + "\n\n"
+            + "\n".join([head, *("| " + " | ".join(row) + " |" for row in self._rows())])
         )
 
     def __str__(self) -> str:

@@ -261,9 +261,7 @@ class _BlockWork:
         else:
             rows = linear.out_features if self.plan.group == "row" else 1
             holds = pruned >= rows * pattern.count(result.mask.numel() // rows) or bool(self.fixed) or bool(self.plan.fixed)
-        return LinearReport(
-            linear.name, str(pattern), pruned / result.mask.numel(), holds, error, result.damping, note
-        )
+        return LinearReport(linear.name, str(pattern), pruned / result.mask.numel(), holds, error, result.damping, note)
 
 
 class _Heard(Exception):

@@ -80,7 +80,9 @@ def test_nothing_left(llama):
 def test_models_that_are_no_causal_lm():
     tiny = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     refuses(BertForSequenceClassification(BertConfig(**tiny)), "no causal language model")
-    refuses(T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), "no causal")
+    refuses(
+        T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), "no causal"
+    )
     refuses(make("llama").model, "AutoModelForCausalLM")
 
 
@@ -147,7 +149,11 @@ def test_interrupted_half_way(method, error, monkeypatch):
     with pytest.raises(error):
         model.prune(config(method=method), ids_for())
     assert same(model, before) and model.training and set(model.__dict__) == keys
-    assert model.config._experts_implementation_internal != "eager" if hasattr(model.config, "_experts_implementation_internal") else True
+    assert (
+        model.config._experts_implementation_internal != "eager"
+        if hasattr(model.config, "_experts_implementation_internal")
+        else True
+    )
     assert not any(module._forward_pre_hooks for module in model.modules())
     monkeypatch.undo()
     model.prune(config(method=method), ids_for())
@@ -204,7 +210,9 @@ class TestCalibration:
     def test_packed(self, tokenizer):
         one = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=1)
         assert [len(ids) for ids in one] == [50] * 8
-        assert torch.equal(torch.stack(one), torch.stack(calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=1)))
+        assert torch.equal(
+            torch.stack(one), torch.stack(calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=1))
+        )
         other = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50, seed=2)
         assert not torch.equal(torch.stack(one), torch.stack(other))
 
@@ -229,7 +237,16 @@ class TestCalibration:
         txt.write_text("\n".join(self.texts))
         Dataset.from_list(rows).to_parquet(str(parquet))
         chats = [[{"role": "user", "content": text}] for text in self.texts]
-        sources = [jsonl, str(txt), str(parquet), Dataset.from_list(rows), iter(rows), chats, [{"messages": c} for c in chats], self.texts]
+        sources = [
+            jsonl,
+            str(txt),
+            str(parquet),
+            Dataset.from_list(rows),
+            iter(rows),
+            chats,
+            [{"messages": c} for c in chats],
+            self.texts,
+        ]
         for source in sources:
             found = calibration_sequences(source, tokenizer, n_samples=8, sequence_length=50)
             assert len(found) == 8
@@ -243,7 +260,13 @@ class TestCalibration:
 
     def test_padding_does_not_count(self, llama):
         ids = ids_for(6, 12)
-        padded = [{"input_ids": torch.cat([row, torch.zeros(5, dtype=torch.long)]), "attention_mask": torch.tensor([1] * 12 + [0] * 5)} for row in ids]
+        padded = [
+            {
+                "input_ids": torch.cat([row, torch.zeros(5, dtype=torch.long)]),
+                "attention_mask": torch.tensor([1] * 12 + [0] * 5),
+            }
+            for row in ids
+        ]
         other = make("llama")
         llama.prune(config(), ids)
         other.prune(config(), padded)

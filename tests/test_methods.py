@@ -68,7 +68,8 @@ def test_sparsegpt_equals_reference(pattern):
 def test_compensation_beats_masks():
     weight, x = problem()
     error = {
-        m.name: float(((run(m, weight, x, NM(2, 4)).weight - weight) @ x.t()).norm()) for m in (Magnitude(), Wanda(), SparseGPT())
+        m.name: float(((run(m, weight, x, NM(2, 4)).weight - weight) @ x.t()).norm())
+        for m in (Magnitude(), Wanda(), SparseGPT())
     }
     assert error["sparsegpt"] < error["wanda"] < error["magnitude"]
 

@@ -19,7 +19,11 @@ def pruned(**changes):
 def test_folder_is_ordinary(tmp_path):
     model = pruned(pattern="2:4")
     model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("generation")) == ["config.json", "model.safetensors", "pruning"]
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("generation")) == [
+        "config.json",
+        "model.safetensors",
+        "pruning",
+    ]
     assert sorted(p.name for p in (tmp_path / "pruning").iterdir()) == ["masks.safetensors", "pruning_config.json"]
     code = (
         "import sys, torch; sys.modules['hf_prune'] = None\n"
@@ -46,7 +50,9 @@ def test_report_and_config_come_back(tmp_path):
     assert again.pruning_report.to_dict() == model.pruning_report.to_dict()
     assert again.config.pruning_config["pattern"] == "2:4"
     assert PruningConfig.from_pretrained(tmp_path) == PruningConfig.from_dict(model.pruning_report.config)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).prune(PruningConfig(method="magnitude", pattern="1:4")).sparsity == 0.75
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path).prune(PruningConfig(method="magnitude", pattern="1:4")).sparsity == 0.75
+    )
 
 
 def test_changed_weights_are_found(tmp_path):
@@ -117,7 +123,10 @@ def test_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 class TestPerplexity:
     def reference(self, model, ids, length):
         """The papers' code: windows without overlap, mean of the means."""
-        losses = [torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:]) for w in ids[: len(ids) // length * length].split(length)]
+        losses = [
+            torch.nn.functional.cross_entropy(model(input_ids=w[None]).logits[0, :-1], w[1:])
+            for w in ids[: len(ids) // length * length].split(length)
+        ]
         return torch.stack(losses).mean().exp().item()
 
     @torch.no_grad()
@@ -138,7 +147,11 @@ class TestPerplexity:
         while end < 103:
             window = ids[start : start + 40]
             new = start + len(window) - end
-            losses.append(torch.nn.functional.cross_entropy(llama(input_ids=window[None]).logits[0, :-1][-new:], window[-new:], reduction="sum"))
+            losses.append(
+                torch.nn.functional.cross_entropy(
+                    llama(input_ids=window[None]).logits[0, :-1][-new:], window[-new:], reduction="sum"
+                )
+            )
             start, end = start + 10, start + len(window)
         assert found.perplexity == pytest.approx((torch.stack(losses).sum() / 102).exp().item(), rel=1e-5)
 

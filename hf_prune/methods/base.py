@@ -95,5 +95,3 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"method {name!r} has no option {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}.")
     return cls(**options)
-
-

