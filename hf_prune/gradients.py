@@ -50,7 +50,7 @@ def model_gradients(
                 stack.enter_context(_replaced(block.module, "forward", forward))
         for ids in tqdm(samples, desc="gradients", unit="sample"):
             logits = model(input_ids=ids[None].to(device), use_cache=False).logits
-            logits.backward(_loss_gradient(logits.detach(), ids, _FP16_SCALE if half else 1.0))
+            logits.backward(_loss_gradient(logits, ids, _FP16_SCALE if half else 1.0))
             del logits
     return _finished(norms, len(samples))
 
@@ -98,16 +98,21 @@ def _streamed(
 def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:
     """Gradient of the mean next-token cross-entropy of `ids` (length,) with respect to `logits` (1, length, vocabulary).
 
-    softmax - one-hot, written directly in one buffer: autograd would keep three of that size.
+    softmax - one-hot, written over the logits themselves where the backward pass does not need them: autograd would keep
+    three more buffers of that size, and with a large vocabulary they are the peak.
     """
-    gradient = torch.empty_like(logits)
+    own = type(logits.grad_fn).__name__ in _KEEP_NO_OUTPUT  # were it wrong, autograd would refuse, not err
+    gradient = logits.detach() if own else logits.detach().clone()
     targets = ids[1:].to(logits.device)
     count = len(targets)
-    for piece, values in zip(gradient[0].split(128), logits[0].split(128)):
-        piece.copy_(values.float().softmax(dim=-1).mul_(scale / count))
+    for piece in gradient[0].split(128):
+        piece.copy_(piece.float().softmax(dim=-1).mul_(scale / count))
     gradient[0, torch.arange(count, device=logits.device), targets] -= scale / count
     gradient[0, count:] = 0
     return gradient
+
+
+_KEEP_NO_OUTPUT = {"UnsafeViewBackward0", "MmBackward0"}
 
 
 def _finished(norms: dict[str, GradientNorm], samples: int) -> dict[str, GradientNorm]:

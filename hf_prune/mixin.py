@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .config import PruningConfig
 from .masks import Masks
@@ -16,6 +18,8 @@ from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
 from .serialization import FOLDER, PruningState, find_state
 
+
+logger = logging.get_logger(__name__)
 
 _STATE = "_hf_prune_state"
 
@@ -102,7 +106,7 @@ def install() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
-        state = None if getattr(self, "_hf_peft_config_loaded", False) else _state(self)
+        state = None if getattr(self, "_hf_peft_config_loaded", False) else _state_to_save(self)
         # Before the weights, because with push_to_hub=True the original uploads what it finds.
         existed = Path(save_directory, FOLDER).exists()
         if state and is_main_process and not os.path.isfile(save_directory):
@@ -111,8 +115,6 @@ def install() -> None:
             return original(self, save_directory, *args, is_main_process=is_main_process, **kwargs)
         except BaseException:
             if state and not existed:
-                import shutil
-
                 shutil.rmtree(Path(save_directory, FOLDER), ignore_errors=True)
             raise
 
@@ -124,6 +126,22 @@ def _state(model: PreTrainedModel) -> PruningState | None:
     state = model.__dict__.get(_STATE)
     if state is None and (state := find_state(model)) is not None:
         _attach(model, state)
+    return state
+
+
+def _state_to_save(model: PreTrainedModel) -> PruningState | None:
+    """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so."""
+    try:
+        state = _state(model)
+        violations = state.masks.violations(model) if state else {}
+        problem = f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}" if violations else ""
+    except ValueError as error:
+        state, problem = None, str(error)
+    if problem:
+        logger.warning(f"saving without pruning masks: {problem}")
+        model.config.pruning_config = None
+        model.__dict__.pop(_STATE, None)
+        return None
     return state
 
 

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM
@@ -65,6 +66,17 @@ def test_changed_weights_are_found(tmp_path):
         again.pruning_masks  # noqa: B018
 
 
+def test_changed_weights_are_saved_without_masks(tmp_path):
+    model = pruned()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "pruning").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.pruning_masks is None
+    assert torch.equal(again.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
 def test_missing_masks_are_an_error(tmp_path):
     model = pruned()
     model.save_pretrained(tmp_path)
@@ -83,8 +95,6 @@ def test_damaged_mask_file(tmp_path, damage):
     elif damage == "noise":
         path.write_bytes(b"\xff" * 100)
     else:
-        import safetensors.torch
-
         safetensors.torch.save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="masks"):
         Masks.load(tmp_path)
@@ -201,13 +211,9 @@ class TestCommandLine:
         assert "zeros and masks agree" in capsys.readouterr().out
         assert main(["perplexity", str(folder / "out"), str(folder / "text.txt"), "--sequence-length", "32"]) == 0
         assert "perplexity" in capsys.readouterr().out
-        model = AutoModelForCausalLM.from_pretrained(folder / "out")
-        with torch.no_grad():
-            model.model.layers[0].mlp.up_proj.weight.fill_(1.0)
-        torch.nn.Module.state_dict(model)
-        model.__dict__["_hf_prune_state"] = None
-        model.config.pruning_config = None
-        model.save_pretrained(folder / "out")
+        weights = safetensors.torch.load_file(folder / "out" / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"].fill_(1.0)
+        safetensors.torch.save_file(weights, folder / "out" / "model.safetensors", {"format": "pt"})
         assert main(["inspect", str(folder / "out")]) == 1
         assert "DISAGREE" in capsys.readouterr().out
 

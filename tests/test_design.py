@@ -1,0 +1,70 @@
+"""The direction of imports, and what README shows, hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import hf_prune
+from hf_prune.methods import REGISTRY
+
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [
+    {"patterns", "statistics", "masks", "undo", "blocks"},
+    {"methods"},
+    {"calibration", "gradients", "report", "sequential", "evaluation"},
+    {"config", "pruning"},
+    {"mixin", "serialization", "metric", "cli"},
+]
+WITHIN_LEVEL = {("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("pruning", "config"), ("mixin", "serialization"), ("cli", "serialization")}  # fmt: skip
+
+
+def level(name):
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level == 1 and path.parent.name == "hf_prune":
+                yield node.module.split(".")[0] if node.module else node.names[0].name
+            elif node.level == 2 or (node.level == 0 and node.module.startswith("hf_prune.")):
+                yield node.module.removeprefix("hf_prune.").split(".")[0]
+
+
+def test_imports_point_down():
+    for path in (ROOT / "hf_prune").rglob("*.py"):
+        if path.name == "__init__.py" and path.parent.name == "hf_prune":
+            continue
+        name = "methods" if path.parent.name == "methods" else path.stem
+        for imported in imports_of(path):
+            if imported != name and (name, imported) not in WITHIN_LEVEL:
+                assert level(imported) < level(name), f"{path.name} imports {imported}"
+
+
+def test_low_levels_know_no_transformers():
+    for name in ("patterns", "statistics", "masks", "undo"):
+        assert "transformers" not in (ROOT / "hf_prune" / f"{name}.py").read_text()
+    for path in (ROOT / "hf_prune" / "methods").glob("*.py"):
+        assert "transformers" not in path.read_text().lower().replace("hugging face transformers", "")
+
+
+def test_import_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys, hf_prune; bad = {'optimum', 'evaluate', 'datasets', 'peft'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_tells_what_is_there():
+    readme = (ROOT / "README.md").read_text()
+    for name in REGISTRY:
+        assert f"`{name}`" in readme, name
+    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_prune":
+                assert hasattr(hf_prune, node.attr), node.attr
+    for name in hf_prune.__all__:
+        assert hasattr(hf_prune, name)
