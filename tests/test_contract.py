@@ -217,9 +217,9 @@ def test_groups_overrides_and_globs(llama):
     assert patterns["model.layers.1.mlp.down_proj"] == "unstructured:0.75"
     assert "model.layers.0.self_attn.q_proj" not in patterns
     assert report.skipped["model.layers.0.self_attn.q_proj"] == "excluded by the config"
-    experts = make("mixtral")
+    experts = make("qwen3_moe")  # "experts.down_proj.3" since transformers 5, "experts.3.down_proj" before
     report = experts.prune(config_for("wanda", "2:4", include=["*.down_proj"]), ids_for())
-    assert {linear.name.split(".")[-2] for linear in report.linears} == {"down_proj"}
+    assert len(report.linears) == 16 and all(".down_proj" in linear.name for linear in report.linears)
 
 
 @pytest.mark.parametrize("group", ["block", "model"])
