@@ -134,7 +134,11 @@ def _state_to_save(model: PreTrainedModel) -> PruningState | None:
     try:
         state = _state(model)
         violations = state.masks.violations(model) if state else {}
-        problem = f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}" if violations else ""
+        problem = (
+            f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
+            if violations
+            else ""
+        )
     except ValueError as error:
         state, problem = None, str(error)
     if problem:
