@@ -30,7 +30,7 @@ class GBLM(Method):
             third more time.
     """
 
-    alpha: float | str = 1.0
+    alpha: float | str = 0.3
     norm: str = "l2"
     scope: str = "model"
     gradient_samples: int | None = None
