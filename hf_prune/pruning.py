@@ -63,7 +63,7 @@ def prune_model(
         _check_weights(model)
         decoder = Decoder(model)
         linears, skipped = _targets(decoder, config)
-        patterns = {name: pattern for name, pattern in config.patterns_for([x.name for x in linears]).items()}
+        patterns = config.patterns_for([x.name for x in linears])
         chosen = [linear for linear in linears if linear.name in patterns]
         skipped.update({x.name: "excluded by the config" for x in linears if x.name not in patterns})
         _check_patterns(chosen, patterns, config, old_masks, fixed_masks)
@@ -89,9 +89,10 @@ def prune_model(
                 if GradientNorm in config.method.needs and not by_block:
                     before = time.perf_counter()
                     method = config.method
-                    order = 1 if method.norm == "l1" else 2
                     some = sequences[: method.gradient_samples]
-                    plan.gradients = model_gradients(model, decoder.blocks, chosen, some, order, method.gradient_checkpointing)
+                    plan.gradients = model_gradients(
+                        model, decoder.blocks, chosen, some, method.order, method.gradient_checkpointing
+                    )
                     gradient_seconds = time.perf_counter() - before
                 batches = batches_of(sequences, 1 if by_block else tokens_per_batch or _batch_tokens(model, sequences))
                 masks, blocks = prune_blocks(

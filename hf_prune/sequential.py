@@ -116,8 +116,7 @@ def prune_blocks(
             before = calls[index][-1].run(block, hidden[-1])
             if gradient_samples:
                 some = slice(min(gradient_samples, len(batches)))
-                order = 1 if plan.method.norm == "l1" else 2
-                work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, order)
+                work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, plan.method.order)
             arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
             if plan.propagate == "linear":
                 work.in_one_pass(arguments, states, store)

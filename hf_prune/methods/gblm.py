@@ -51,6 +51,11 @@ class GBLM(Method):
         if self.gradient_samples is not None and self.gradient_samples < 1:
             raise ValueError(f"gradient_samples of gblm must be at least 1, got {self.gradient_samples!r}.")
 
+    @property
+    def order(self) -> int:
+        """Of the norm over samples: 1 or 2."""
+        return 1 if self.norm == "l1" else 2
+
     def score(self, weight: Tensor, activation: ActivationNorm, gradient: GradientNorm) -> Tensor:
         """(out, in) from |W| (out, in), the activation norm (in,) and the gradient norm (out, in)."""
         if self.alpha == "paper":
