@@ -7,6 +7,7 @@ order, and the count is exact in every dtype (a `score <= threshold` prunes all 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -72,26 +73,39 @@ class NM:
 
     def mask(self, scores: Tensor, group: str = "row") -> Tensor:
         """Keep mask of `scores` (out, in); `group` is ignored, each group of `m` competes for itself."""
-        rows, columns = scores.shape
-        by_position = scores.reshape(rows * columns // self.m, self.m).t().contiguous()
-        return self.keep(by_position).t().reshape(rows, columns)
+        by_position = scores.reshape(-1, self.m).t()
+        # On a CPU in pieces that stay in the cache.
+        pieces = by_position.split(8192, dim=1) if scores.device.type == "cpu" else (by_position,)
+        return torch.cat([(self.better(piece) < self.n).t() for piece in pieces]).view(scores.shape)
 
-    def keep(self, scores: Tensor) -> Tensor:
-        """Keep mask of `scores` (m, ...): the `n` highest along the first dimension, later index wins a tie."""
+    def better(self, scores: Tensor) -> Tensor:
+        """How many of the `m` rivals along the first dimension of `scores` (m, groups) are higher, or as high and later; fp32.
+
+        The ones with less than `n` of them are kept.
+        """
         if self.m > 8:
-            order = scores.argsort(dim=0, stable=True)
-            return torch.ones_like(scores, dtype=torch.bool).scatter_(0, order[: self.m - self.n], False)
-        beaten = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)  # by how many of its group
-        for i in range(self.m):
-            for j in range(i + 1, self.m):
-                later_wins = scores[i] <= scores[j]
-                beaten[i] += later_wins
-                beaten[j] += later_wins.logical_not_()
-        return beaten < self.n
+            order = scores.argsort(dim=0, stable=True).flip(0)
+            ranks = torch.arange(self.m, dtype=torch.float32, device=scores.device)[:, None]
+            return torch.empty_like(scores, dtype=torch.float32).scatter_(0, order, ranks.expand_as(scores))
+        # One row for each pair of positions i < j: does j win? Then it is a small product.
+        first, second, signs, start = _pairs(self.m, scores.device)
+        later_wins = torch.empty(len(first), scores.shape[1], device=scores.device)
+        torch.le(scores.index_select(0, first), scores.index_select(0, second), out=later_wins)
+        return torch.addmm(start, signs, later_wins)
 
     def violations(self, mask: Tensor) -> int:
         """Number of groups of `m` along the last dimension of `mask` in which more than `n` are kept."""
         return int((mask.reshape(-1, self.m).sum(1) > self.n).sum())
+
+
+@functools.lru_cache
+def _pairs(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All i < j < m as two (pairs,) int64; and the defeats of each of m as `start` (m, 1) + `signs` (m, pairs) @ wins of j."""
+    first, second = torch.triu_indices(m, m, offset=1)
+    positions = torch.arange(m)[:, None]
+    loses_to_later, loses_to_earlier = (positions == first).float(), (positions == second).float()
+    start = loses_to_earlier.sum(dim=1, keepdim=True)  # every earlier rival wins, unless the later one does
+    return tuple(t.to(device) for t in (first, second, loses_to_later - loses_to_earlier, start))
 
 
 Pattern = Unstructured | NM

@@ -23,7 +23,7 @@ from .report import BlockReport, LinearReport
 from .statistics import GradientNorm
 
 
-_SAMPLE = 128  # tokens on which the error of a linear is measured
+_SAMPLE = 64  # tokens on which the error of a linear is measured
 
 
 @dataclass
@@ -58,7 +58,8 @@ class _Input:
         for statistic in self.statistics.values():
             statistic.update(x)
         if len(x) and self._sampled < _SAMPLE:
-            rows = x[:: -(-len(x) // self._per_batch)]
+            every = -(-len(x) // self._per_batch)
+            rows = x[every // 2 :: every | 1]  # not every time the first token of a sequence, which is unlike the others
             self._sampled += len(rows)
             self._rows.append(rows.clone())
 
@@ -237,8 +238,7 @@ class _BlockWork:
             if sample is not None:
                 error = _relative(sample @ (weight - result.weight).t(), sample @ weight.t())
             plan.before_change(linear.parameter)
-            # masked_fill rather than the product alone: a negative weight times 0 is -0.0
-            linear.weight.copy_(result.weight.masked_fill_(~result.mask, 0.0))
+            linear.weight.copy_(result.weight)
             self._remember(linear, result.mask)
             self._reports[linear.name] = self._linear_report(linear, result, error, note)
 
@@ -254,7 +254,7 @@ class _BlockWork:
         pattern = self.plan.patterns[linear.name]
         if result.damping is not None and result.damping > self.plan.method.damping:
             note = f"damping raised to {result.damping:g}, its Gram matrix had no Cholesky factor"
-        pruned = result.mask.numel() - int(result.mask.sum())
+        pruned = result.mask.numel() - int(result.mask.count_nonzero())
         if isinstance(pattern, NM):
             holds = pattern.violations(result.mask) == 0
         else:

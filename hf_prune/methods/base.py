@@ -12,7 +12,7 @@ from ..patterns import Pattern
 
 
 class Pruned(NamedTuple):
-    """The outcome for one linear: new `weight` (out, in) fp32, `mask` (out, in) bool, damping of a solver."""
+    """The outcome for one linear: new `weight` (out, in) fp32, zero where `mask` (out, in) bool is False; a solver's damping."""
 
     weight: Tensor
     mask: Tensor
@@ -60,7 +60,7 @@ class Method:
             if mask is None:
                 mask = pattern.mask(forget(self.score(weight, *known), old), group)
                 mask = mask if old is None else mask & old
-            results.append(Pruned(weight * mask, mask))
+            results.append(Pruned(weight.masked_fill(~mask, 0.0), mask))  # a negative weight times 0 is -0.0
         return results
 
     def options(self) -> dict[str, Any]:

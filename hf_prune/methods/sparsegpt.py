@@ -9,20 +9,18 @@ contiguous. An input that is always zero needs no special case: damping gives it
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..patterns import NM, Pattern, Unstructured, lowest
+from ..patterns import NM, Pattern, lowest
 from ..statistics import Hessian
-from .base import Method, Pruned, forget, register
+from .base import Method, Pruned, register
 
 
-_TILE = 16  # columns whose rank-1 updates stay within the cache; the rest of the slab takes them in one product
+_TILE = 16  # columns that take one another's changes before the rest of the slab does
 
 
 @register
@@ -61,94 +59,111 @@ class SparseGPT(Method):
     ) -> list[Pruned]:
         """As `Method.prune`; the rows of all weights go through one solve, because they share their Hessian."""
         feedback, curvature, damping = statistics[0][0].factor(self.damping)
-        sizes = [len(weight) for weight in weights]
-        columns = torch.cat([weight.t() for weight in weights], dim=1)  # (in, rows), W^T
-        mask = torch.empty(columns.shape, dtype=torch.bool, device=columns.device)
-        choices = [
-            _Choice(pattern, part, group, None if old is None else old.t(), None if given is None else given.t())
-            for pattern, part, old, given in zip(patterns, mask.split(sizes, dim=1), kept, fixed)
-        ]
-        solved = self._solve(columns, feedback, curvature, choices, mask).split(sizes, dim=1)
-        return [Pruned(w.t(), m.t(), damping) for w, m in zip(solved, mask.split(sizes, dim=1))]
+        results: dict[int, Pruned] = {}
+        for key in dict.fromkeys((p, mask is None) for p, mask in zip(patterns, fixed)):
+            members = [i for i, p in enumerate(patterns) if key == (p, fixed[i] is None)]
+            columns = torch.cat([weights[i].t() for i in members], dim=1)  # (in, rows), W^T
+            choice = _Choice(
+                key[0], group, [weights[i] for i in members], [kept[i] for i in members], [fixed[i] for i in members]
+            )
+            self._solve(columns, feedback, curvature, choice)
+            for i, weight, gone in zip(members, columns.split(choice.sizes, 1), choice.gone.split(choice.sizes, 1)):
+                results[i] = Pruned(weight.t().contiguous(), gone.t().contiguous().logical_not_(), damping)
+        return [results[i] for i in range(len(weights))]
 
-    def _solve(self, w: Tensor, feedback: Tensor, curvature: Tensor, choices: list[_Choice], mask: Tensor) -> Tensor:
-        """The new W^T (in, rows); fills in `mask`, which the choices hold views of."""
-        n, rows = len(w), [choice.rows for choice in choices]
+    def _solve(self, w: Tensor, feedback: Tensor, curvature: Tensor, choice: _Choice) -> None:
+        """Turns W^T `w` (in, rows) into the new one, in place; what is pruned is in `choice.gone`."""
+        n, rows = w.shape
+        span = choice.columns or _TILE  # columns that take one another's changes as they come ...
+        tile = -(-_TILE // span) * span  # ... which later spans of a tile do in one product, and later tiles in another
+        step = min(n, self.block_size if choice.columns == 0 else -(-self.block_size // span) * span)
         error = torch.empty_like(w)  # original minus new weight, of the columns that are done
-        new = torch.empty_like(w)
-        step, tile = _multiple(self.block_size, choices), _multiple(_TILE, choices)
-        starts = itertools.accumulate(rows, initial=0)
-        by_group = [
-            (choice, slice(start, start + choice.rows))
-            for choice, start in zip(choices, starts)
-            if isinstance(choice.pattern, NM) and not choice.is_fixed
-        ]
+        slab, change, gone = (torch.empty(step, rows, device=w.device) for _ in range(3))
+        decay = torch.zeros(step, step, device=w.device)  # [j, i]: what column j takes over of a change of column i
+        # Making a view takes as long as the arithmetic on a column, so all are made here.
+        columns, changes, is_gone = slab.unbind(), change.unbind(), gone.unbind()
+        within, across = [], []
+        for j in range(0, step, span):
+            t = slice(j // tile * tile, j // tile * tile + tile)
+            across.append((slab[j : j + span], decay[j : j + span, t], change[t]))
+            within += [(change[j : j + span].t(), row) for row in decay[j : j + span, j : j + span].unbind()]
         for a in range(0, n, step):
-            b = min(a + step, n)
-            block = feedback[a:b, a:b]
-            decay = torch.linalg.solve_triangular(block, torch.eye(b - a, device=w.device), upper=True, unitriangular=True)
-            slab = w[a:b].clone()
+            size = min(step, n - a)
+            b = a + size
+            block, unit = feedback[a:b, a:b], torch.eye(size, device=w.device)
+            decay[:size, :size] = torch.linalg.solve_triangular(block, unit, upper=True, unitriangular=True).t()
+            slab[:size] = w[a:b]
             if a:
-                slab.addmm_(decay.t(), feedback[:a, a:b].t() @ error[:a])
-            for choice, part in zip(choices, slab.split(rows, dim=1)):
-                choice.at_slab(a, part, curvature[a:b])
-            for c in range(0, b - a, tile):
-                d = min(c + tile, b - a)
-                change = error[a + c : a + d]  # of the compensated weights; the buffer is filled for good below
-                for j in range(c, d):
-                    for choice, part in by_group:
-                        if j % choice.pattern.m == 0:
-                            choice.at_group(a + j, slab[j : j + choice.pattern.m, part], curvature)
-                    torch.mul(slab[j], mask[a + j], out=new[a + j])
-                    torch.sub(slab[j], new[a + j], out=change[j - c])
-                    if j + 1 < d:
-                        slab[j + 1 : d].addr_(decay[j, j + 1 : d], change[j - c], alpha=-1)
-                if d < b - a:
-                    slab[d:].addmm_(decay[c:d, d:].t(), change, alpha=-1)
-            torch.sub(w[a:b], new[a:b], out=error[a:b])
-        return new
+                slab[:size].addmm_(decay[:size, :size], feedback[:a, a:b].t() @ error[:a])
+            choice.at_slab(a, slab[:size], curvature, gone[:size])
+            change.zero_()  # of the compensated weights; those still to come count for nothing
+            for j in range(0, size, span):
+                if choice.columns:
+                    part, taken, before = across[j // span]
+                    if j % tile:
+                        part.addmm_(taken, before, alpha=-1)
+                    choice.at_span(a + j, part, curvature, gone[j : j + span])
+                end = min(j + span, size)
+                for i in range(j, end):
+                    if i > j:
+                        columns[i].addmv_(*within[i], alpha=-1)
+                    torch.mul(columns[i], is_gone[i], out=changes[i])
+                if end % tile == 0 and end < size:
+                    slab[end:size].addmm_(decay[end:size, end - tile : end], change[end - tile : end], alpha=-1)
+            new = slab[:size].sub_(change[:size])  # kept weights stay as they are, the others are exactly zero
+            torch.sub(w[a:b], new, out=error[a:b])
+            w[a:b] = new
+            if choice.columns:
+                choice.gone[a:b] = gone[:size]
 
 
 class _Choice:
-    """Chooses the mask of one linear while its columns are solved; `mask` (in, rows) is a view into that of all linears."""
+    """Chooses what goes while the columns are solved, for linears of one pattern, side by side in the rows of W^T."""
 
-    def __init__(self, pattern: Pattern, mask: Tensor, group: str, kept: Tensor | None, fixed: Tensor | None):
-        self.pattern, self.mask, self.by_row, self.kept = pattern, mask, group == "row", kept
-        self.rows = mask.shape[1]
-        self.is_fixed = fixed is not None
-        self.pruned = 0  # so far, per row or over the matrix
-        if fixed is not None:
-            mask.copy_(fixed)
-
-    def at_slab(self, a: int, columns: Tensor, curvature: Tensor) -> None:
-        """Unstructured: columns `a` onwards (columns, rows), as many as bring the count up to what is due by then."""
-        if self.is_fixed or not isinstance(self.pattern, Unstructured):
-            return
-        b = a + len(columns)
-        scores = columns.square().mul_(curvature[:, None])
-        scores = forget(scores, None if self.kept is None else self.kept[a:b])
-        due = self.pattern.count(b if self.by_row else b * self.rows) - self.pruned
-        if self.by_row:
-            chosen = lowest(scores.t(), min(due, b - a)).t()
+    def __init__(self, pattern: Pattern, group: str, weights: list[Tensor], kept: list, fixed: list):
+        self.pattern, self.by_row = pattern, group == "row"
+        self.sizes = [len(weight) for weight in weights]
+        self.fixed = fixed[0] is not None
+        self.dropped = None
+        if any(mask is not None for mask in kept):
+            every = [torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in zip(weights, kept)]
+            self.dropped = ~torch.cat([mask.t() for mask in every], dim=1)
+        first = weights[0]
+        if self.fixed:
+            self.gone = ~torch.cat([mask.t() for mask in fixed], dim=1)
         else:
-            chosen = lowest(scores.reshape(1, -1), min(due, scores.numel())).view_as(scores)
-        self.pruned += due
-        self._set(a, b, ~chosen)
+            self.gone = torch.empty(first.shape[1], sum(self.sizes), dtype=torch.bool, device=first.device)
+        self._counted = [0] * len(weights)  # pruned so far, per row or over the matrix
 
-    def at_group(self, j: int, columns: Tensor, curvature: Tensor) -> None:
-        """N:M: columns `j` to `j + m` (the first of `columns`, (., rows)), compensated up to here."""
-        end = j + self.pattern.m
-        scores = columns[: self.pattern.m].square() * curvature[j:end, None]
-        self._set(j, end, self.pattern.keep(forget(scores, None if self.kept is None else self.kept[j:end])))
+    @property
+    def columns(self) -> int:
+        """How many columns are chosen from together once they are compensated; 0 if a slab is."""
+        return self.pattern.m if isinstance(self.pattern, NM) and not self.fixed else 0
 
-    def _set(self, a: int, b: int, keep: Tensor) -> None:
-        self.mask[a:b] = keep if self.kept is None else keep & self.kept[a:b]
+    def at_slab(self, a: int, slab: Tensor, curvature: Tensor, gone: Tensor) -> None:
+        """Unstructured: of columns `a` onwards as many as bring the count up to what is due by then; fills in `gone`."""
+        if self.columns:
+            return
+        b = a + len(slab)
+        if not self.fixed:
+            scores = self._scores(a, slab, curvature).split(self.sizes, dim=1)
+            for i, (part, out) in enumerate(zip(scores, self.gone[a:b].split(self.sizes, dim=1))):
+                due = self.pattern.count(b if self.by_row else b * self.sizes[i]) - self._counted[i]
+                self._counted[i] += due
+                if self.by_row:
+                    out.copy_(lowest(part.t(), min(due, b - a)).t())
+                else:
+                    out.copy_(lowest(part.reshape(1, -1), min(due, part.numel())).view_as(part))
+        if self.dropped is not None:
+            self.gone[a:b] |= self.dropped[a:b]
+        gone.copy_(self.gone[a:b])
 
+    def at_span(self, a: int, columns: Tensor, curvature: Tensor, gone: Tensor) -> None:
+        """N:M: the M columns from `a` on; fills in `gone`."""
+        torch.ge(self.pattern.better(self._scores(a, columns, curvature)), self.pattern.n, out=gone)
+        if self.dropped is not None:
+            gone.masked_fill_(self.dropped[a : a + len(gone)], 1.0)
 
-def _multiple(size: int, choices: list[_Choice]) -> int:
-    """`size` rounded up so that no group of M lies across its end."""
-    whole = 1
-    for choice in choices:
-        if isinstance(choice.pattern, NM):
-            whole = math.lcm(whole, choice.pattern.m)
-    return -(-size // whole) * whole
+    def _scores(self, a: int, columns: Tensor, curvature: Tensor) -> Tensor:
+        scores = columns.square().mul_(curvature[a : a + len(columns), None])
+        return scores if self.dropped is None else scores.masked_fill_(self.dropped[a : a + len(columns)], -float("inf"))
