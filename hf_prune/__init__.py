@@ -10,13 +10,14 @@ from .mixin import PruningMixin, install
 from .patterns import NM, Unstructured
 from .pruning import prune_model
 from .report import PruningReport
+from .serialization import load
 
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "GBLM", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
-    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "install", "perplexity", "prune_model",
+    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "install", "load", "perplexity", "prune_model",
     "register",
 ]  # fmt: skip
 

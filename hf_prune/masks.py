@@ -6,6 +6,7 @@ model. They are stored, never re-derived from `weight != 0`: a kept weight may b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -23,10 +24,15 @@ MASK_FILE = "masks.safetensors"
 
 
 class Masks(MutableMapping[str, Tensor]):
-    """Maps a parameter's name (`"model.layers.0.mlp.up_proj.weight"`) to its mask: bool, shape of the parameter, True = kept."""
+    """Maps a parameter's name (`"model.layers.0.mlp.up_proj.weight"`) to its mask: bool, shape of the parameter, True = kept.
+
+    Attributes:
+        patterns: parameter -> the pattern its mask was made for (`"2:4"`), where that is known.
+    """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None):
         self._packed: dict[str, tuple[numpy.ndarray, tuple[int, ...]]] = {}
+        self.patterns: dict[str, str] = {}
         for name, mask in (masks or {}).items():
             self[name] = mask
 
@@ -43,6 +49,7 @@ class Masks(MutableMapping[str, Tensor]):
 
     def __delitem__(self, name: str) -> None:
         del self._packed[name]
+        self.patterns.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -107,10 +114,24 @@ class Masks(MutableMapping[str, Tensor]):
                 )
         return {name: parameters[name] for name in self}
 
+    def digest(self) -> str:
+        """SHA-256 over names, shapes, patterns and masks."""
+        total = hashlib.sha256()
+        for name in sorted(self):
+            packed, shape = self._packed[name]
+            total.update(json.dumps([name, shape, self.patterns.get(name)]).encode())
+            total.update(numpy.ascontiguousarray(packed))
+        return total.hexdigest()
+
     def save(self, folder: str | Path) -> None:
-        """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter, shapes in the metadata."""
-        shapes = {name: list(shape) for name, (_, shape) in self._packed.items()}
-        metadata = {"format": "hf_prune.masks", "version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)}
+        """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter; shapes, patterns and digest beside."""
+        metadata = {
+            "format": "hf_prune.masks",
+            "version": str(FORMAT_VERSION),
+            "shapes": json.dumps({name: list(shape) for name, (_, shape) in self._packed.items()}),
+            "patterns": json.dumps(self.patterns),
+            "digest": self.digest(),
+        }
         save_file({name: packed for name, (packed, _) in self._packed.items()}, Path(folder) / MASK_FILE, metadata)
 
     @classmethod
@@ -118,7 +139,8 @@ class Masks(MutableMapping[str, Tensor]):
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: not a mask file, of a newer version, or with contents that contradict each other.
+            ValueError: not a mask file, of a newer version, truncated, changed since, or with contents that contradict
+                each other.
         """
         path = Path(folder) / MASK_FILE
         masks = cls()
@@ -127,16 +149,26 @@ class Masks(MutableMapping[str, Tensor]):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "hf_prune.masks":
                     raise ValueError(f"{path} holds no masks of hf_prune: its format is {metadata.get('format')!r}.")
-                if int(metadata["version"]) > FORMAT_VERSION:
-                    raise ValueError(
-                        f"{path} has version {metadata['version']}, this hf_prune reads up to {FORMAT_VERSION}: update it."
-                    )
+                check_version(path, metadata["version"])
                 shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-                for name in file.keys():
-                    packed, shape = file.get_tensor(name), shapes[name]
+                masks.patterns = dict(json.loads(metadata["patterns"]))
+                if set(file.keys()) != set(shapes):
+                    raise ValueError(f"{path}: its list of shapes and its masks are not of the same parameters.")
+                for name, shape in shapes.items():
+                    packed = file.get_tensor(name)
                     if packed.dtype != numpy.uint8 or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
                         raise ValueError(f"{path}: the mask of {name} has shape {packed.shape}, not that of {shape}.")
                     masks._packed[name] = packed, shape
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                if masks.digest() != metadata["digest"]:
+                    raise ValueError(f"{path} is damaged: its masks are not those that were saved (digest differs).")
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be read as masks of hf_prune: {error!r}.") from error
         return masks
+
+
+def check_version(path: Path, version: str | int) -> None:
+    """Raises ValueError for a format that is newer than this library."""
+    if not str(version).isdigit() or int(version) > FORMAT_VERSION:
+        raise ValueError(f"{path} has version {version}, this hf_prune reads up to {FORMAT_VERSION}: update it.")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .atomic import replaced_folder
 from .config import PruningConfig
 from .masks import Masks
 from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
-from .serialization import FOLDER, PruningState, find_state
+from .serialization import STATE, PruningState, is_weight_file, settle
 
 
 logger = logging.get_logger(__name__)
-
-_STATE = "_hf_prune_state"
 
 
 class PruningMixin:
@@ -57,7 +56,7 @@ class PruningMixin:
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}.")
         check_model(self)
-        state = _state(self)
+        state = settle(self)
         new_masks, report = prune_model(
             self,
             config,
@@ -82,13 +81,13 @@ class PruningMixin:
         Raises:
             ValueError: masks that do not agree with the weights.
         """
-        state = _state(self)
+        state = settle(self)
         return state.masks if state else None
 
     @property
     def pruning_report(self) -> PruningReport | None:
         """The report of the last `prune`; it is saved with the model."""
-        state = _state(self)
+        state = settle(self)
         return state.report if state else None
 
 
@@ -105,34 +104,41 @@ def install() -> None:
     original = PreTrainedModel.save_pretrained
 
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
         state = None if getattr(self, "_hf_peft_config_loaded", False) else _state_to_save(self)
-        # Before the weights, because with push_to_hub=True the original uploads what it finds.
-        existed = Path(save_directory, FOLDER).exists()
-        if state and is_main_process and not os.path.isfile(save_directory):
-            state.save(save_directory)
-        try:
-            return original(self, save_directory, *args, is_main_process=is_main_process, **kwargs)
-        except BaseException:
-            if state and not existed:
-                shutil.rmtree(Path(save_directory, FOLDER), ignore_errors=True)
-            raise
+        if not state or not is_main_process or os.path.isfile(save_directory):
+            return original(self, save_directory, *args, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+        with replaced_folder(save_directory, is_weight_file) as fresh:
+            result = original(self, fresh, *args, **kwargs)
+            state.save(fresh)
+            made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]
+        if push_to_hub:
+            _push(save_directory, made, kwargs.get("token"), **hub)
+        return result
 
     save_pretrained.hf_prune = True
     PreTrainedModel.save_pretrained = save_pretrained
 
 
-def _state(model: PreTrainedModel) -> PruningState | None:
-    state = model.__dict__.get(_STATE)
-    if state is None and (state := find_state(model)) is not None:
-        _attach(model, state)
-    return state
+_HUB_ARGUMENTS = ("repo_id", "private", "revision", "commit_message", "commit_description", "create_pr")
+
+
+def _push(
+    folder: str | Path, names: list[str], token: Any, repo_id: str | None = None, private: bool | None = None, **commit: Any
+):
+    """One commit with what was saved."""
+    api = HfApi(token=token if isinstance(token, str) else None)
+    repo = api.create_repo(repo_id or Path(folder).resolve().name, private=private, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repo, folder_path=folder, allow_patterns=names, **{"commit_message": "Upload pruned model", **commit}
+    )
 
 
 def _state_to_save(model: PreTrainedModel) -> PruningState | None:
     """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so."""
     try:
-        state = _state(model)
+        state = settle(model)
         violations = state.masks.violations(model) if state else {}
         problem = (
             f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
@@ -144,11 +150,11 @@ def _state_to_save(model: PreTrainedModel) -> PruningState | None:
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
         model.config.pruning_config = None
-        model.__dict__.pop(_STATE, None)
+        model.__dict__.pop(STATE, None)
         return None
     return state
 
 
 def _attach(model: PreTrainedModel, state: PruningState) -> None:
-    model.__dict__[_STATE] = state
+    model.__dict__[STATE] = state
     model.config.pruning_config = state.summary()

@@ -110,6 +110,11 @@ def prune_model(
     for name in old_masks:
         if name not in masks:
             masks[name] = old_masks[name]
+    masks.patterns = {name: pattern for name, pattern in old_masks.patterns.items() if name not in parameters}
+    for linear in chosen:  # the experts in one parameter may differ
+        known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
+        if str(patterns[linear.name]) not in known.split(", "):
+            masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
     report = PruningReport(
         config=config.to_dict(),
         model=type(model).__name__,

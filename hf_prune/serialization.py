@@ -1,34 +1,53 @@
 """A pruned model on disk: an ordinary model folder with zeros, and beside it `pruning/` with masks, config and report.
 
 The `pruning/` folder is one level deep, so that `push_to_hub` takes it along and no other loader reads its safetensors as weights.
-config.json gets a short `pruning_config`, never a `quantization_config`. Masks are found again when they are first asked for.
+config.json gets a short `pruning_config`, never a `quantization_config`. Masks are found again when they are first asked for,
+or by `load`, which also checks the weight files against the digests that were saved with them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from .config import CONFIG_FILE
-from .masks import FORMAT_VERSION, MASK_FILE, Masks
+from .masks import FORMAT_VERSION, MASK_FILE, Masks, check_version
 from .report import PruningReport
 
 
 logger = logging.get_logger(__name__)
 
 FOLDER = "pruning"
+ON_MISMATCH = ("error", "reapply", "drop")
+
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|\.[\w-]+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a file of that name in a model folder belongs to its weights, or is our own folder: a new save replaces it."""
+    return name == FOLDER or _WEIGHTS.fullmatch(name) is not None
 
 
 class PruningState:
-    """What a pruned model carries on its instance: masks, the config as a dict, and the report, if it was made here."""
+    """What a pruned model carries on its instance: masks, the config as a dict, and the report, if it was made here.
 
-    def __init__(self, masks: Masks, config: dict[str, Any], report: PruningReport | None = None):
-        self.masks, self.config, self.report = masks, config, report
+    `files` are the SHA-256 digests of the weight files that it was saved with, by name.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        config: dict[str, Any],
+        report: PruningReport | None = None,
+        files: dict[str, str] | None = None,
+    ):
+        self.masks, self.config, self.report, self.files = masks, config, report, files or {}
 
     def summary(self) -> dict[str, Any]:
         """The short entry in config.json."""
@@ -36,53 +55,133 @@ class PruningState:
         return {**{key: self.config[key] for key in keys}, "format_version": FORMAT_VERSION}
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder`/pruning, whole or not at all."""
-        target, fresh = Path(folder) / FOLDER, Path(folder) / f".{FOLDER}.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        try:
-            self.masks.save(fresh)
-            content = {
-                "format_version": FORMAT_VERSION,
-                "config": self.config,
-                "report": self.report.to_dict() if self.report else None,
-            }
-            (fresh / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.rename(target)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+        """Writes `folder`/pruning, for the weight files that are in `folder` by now."""
+        target = Path(folder) / FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        self.masks.save(target)
+        weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
+        content = {
+            "format_version": FORMAT_VERSION,
+            "config": self.config,
+            "report": self.report.to_dict() if self.report else None,
+            "files": {path.name: _digest(path) for path in sorted(weights)},
+        }
+        (target / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> PruningState:
         """Reads `folder`/pruning.
 
         Raises:
-            ValueError: it is not there or cannot be read.
+            ValueError: it is not there, of a newer version, damaged, or a link to elsewhere.
         """
         path = Path(folder) / FOLDER
-        if not (path / MASK_FILE).is_file() or not (path / CONFIG_FILE).is_file():
-            raise ValueError(f"{folder} holds no masks: {path / MASK_FILE} and {CONFIG_FILE} are needed.")
-        content = json.loads((path / CONFIG_FILE).read_text())
-        report = content.get("report")
-        return cls(Masks.load(path), content["config"], PruningReport.from_dict(report) if report else None)
+        for name in (MASK_FILE, CONFIG_FILE):
+            if not (path / name).is_file():
+                raise ValueError(f"{folder} holds no masks: {path / MASK_FILE} and {CONFIG_FILE} are needed.")
+            _check_inside(path / name, Path(folder))
+        try:
+            content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+            check_version(path / CONFIG_FILE, content["format_version"])
+            config, report, files = dict(content["config"]), content.get("report"), dict(content.get("files", {}))
+            report = PruningReport.from_dict(report) if report else None
+            config["method"], config["pattern"]  # noqa: B018 - without them it is no config of ours
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / CONFIG_FILE} cannot be read as the config of a pruned model: {error!r}.") from error
+        return cls(Masks.load(path), config, report, files)
+
+    def check_files(self, folder: Path) -> None:
+        """Compares the weight files in `folder` with those that the masks were saved with.
+
+        Raises:
+            ValueError: one is missing, was changed, or lies elsewhere.
+        """
+        for name, digest in self.files.items():
+            path = folder / name
+            if not is_weight_file(name) or name == FOLDER:
+                raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {name!r} as a weight file, which it cannot be.")
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
+            _check_inside(path, folder)
+            if _digest(path) != digest:
+                raise ValueError(f"{path} is damaged or was changed: it is not the file that was saved with the masks.")
 
 
-def find_state(model: nn.Module) -> PruningState | None:
-    """The state that belongs to the place a model was loaded from, checked against its weights; None if it was not pruned.
+def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any) -> PreTrainedModel:
+    """Loads a pruned model and checks it at once: weight files by their digests, masks by theirs, weights against masks.
+
+    Args:
+        name_or_path: folder or Hub name.
+        on_mismatch: if anything is wrong with the masks: "error"; "reapply" sets pruned weights to zero again; "drop" gives
+            the model as it is, without masks.
+        **kwargs: as for `AutoModelForCausalLM.from_pretrained`: `revision`, `dtype`, `device_map`, ...
+
+    Raises:
+        ValueError: damaged or foreign masks or weights; says which.
+    """
+    if on_mismatch not in ON_MISMATCH:
+        raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    if on_mismatch != "drop" and getattr(config, "pruning_config", None) is not None:
+        state = _read(config, **hub)  # before the weights: it is quicker
+        if Path(name_or_path).is_dir() and on_mismatch == "error":
+            state.check_files(Path(name_or_path))
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    settle(model, on_mismatch, **hub)
+    return model
+
+
+def settle(model: PreTrainedModel, on_mismatch: str = "error", **hub: Any) -> PruningState | None:
+    """The state that belongs to the place `model` was loaded from, put on the instance; None if it was not pruned.
 
     Raises:
         ValueError: the masks there do not belong to this model, or its pruned weights are not zero.
     """
+    if STATE in model.__dict__:
+        return model.__dict__[STATE]
     config = getattr(model, "config", None)
     if getattr(config, "pruning_config", None) is None:
         return None
+    problem = ""
+    try:
+        state = _read(config, **hub)
+        if violations := state.masks.violations(model):
+            name, count = next(iter(violations.items()))
+            problem = (
+                f"the masks in {config._name_or_path!r} do not agree with the weights: {count} pruned weights of {name} are "
+                "not zero" + (f", and {len(violations) - 1} more parameters" if len(violations) > 1 else "")
+            )
+    except ValueError as error:
+        if on_mismatch != "drop":
+            raise
+        problem = str(error)
+    if problem and on_mismatch == "error":
+        raise ValueError(
+            f"{problem}. The weights were changed after pruning. hf_prune.load(..., on_mismatch='reapply') sets them to zero "
+            "again, on_mismatch='drop' goes on without masks."
+        )
+    if problem and on_mismatch == "drop":
+        logger.warning(f"going on without masks: {problem}")
+        config.pruning_config = None
+        return None
+    if problem:
+        logger.warning(f"pruned weights set to zero again: {problem}")
+        state.masks.apply(model)
+    model.__dict__[STATE] = state
+    return state
+
+
+STATE = "_hf_prune_state"  # the instance attribute
+
+
+def _read(config: Any, **hub: Any) -> PruningState:
     source = config._name_or_path
-    revision = getattr(config, "_commit_hash", None)
+    hub = {**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
     found = [
         cached_file(
-            source, name, subfolder=FOLDER, revision=revision, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+            source, name, subfolder=FOLDER, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False, **hub,
         )
         if source
         else None
@@ -93,12 +192,16 @@ def find_state(model: nn.Module) -> PruningState | None:
             f"this model was pruned, but its masks ({FOLDER}/{MASK_FILE}) are not found in {source!r}. Copy the folder "
             f"'{FOLDER}' next to its config.json, or load it from where it was saved."
         )
-    state = PruningState.load(Path(found[0]).parent.parent)
-    if violations := state.masks.violations(model):
-        name, count = next(iter(violations.items()))
-        raise ValueError(
-            f"the masks in {source!r} do not agree with the weights: {count} pruned weights of {name} are not zero"
-            + (f", and {len(violations) - 1} more parameters" if len(violations) > 1 else "")
-            + ". The weights were changed after pruning."
-        )
-    return state
+    return PruningState.load(Path(found[0]).parent.parent)
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """Refuses a link out of `folder`; the Hub's cache links its snapshots to `blobs` beside them."""
+    allowed = [folder.resolve(), folder.absolute().parent.parent / "blobs"]
+    if not any(path.resolve().is_relative_to(root) for root in allowed):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder: hf_prune does not follow it.")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from ..statistics import Hessian
 from .base import Method, Pruned, register
 
 
-_TILE = 16  # columns that take one another's changes before the rest of the slab does
+_TILE = 8  # columns that take one another's changes before the rest of the slab does
 
 
 @register

@@ -1,0 +1,117 @@
+"""A folder that is replaced as a whole: after a crash, a full disk or a kill there is the new one or the old one.
+
+The new folder is written beside the old one under a name that nobody reads, flushed to the disk, and the two change places
+in one step. The working directory, a mount point and a folder in a read-only one cannot change places: there each file
+is replaced as a whole. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iterator[Path]:
+    """Yields an empty folder; when the block ends well it takes the place of `folder`, else it is gone and nothing changed.
+
+    Args:
+        folder: need not exist.
+        is_stale: says of the name of an entry of the old folder whether it goes with it; the others move along.
+
+    Raises:
+        OSError: no room or no right to write beside `folder`; it is as it was.
+    """
+    target = Path(folder).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    inside = target.exists() and (
+        Path.cwd().is_relative_to(target) or os.path.ismount(target) or not os.access(target.parent, os.W_OK)
+    )
+    place = target if inside else target.parent
+    _sweep(place, target.name)
+    fresh = place / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        old = [entry for entry in target.iterdir() if entry != fresh] if target.exists() else []
+        if inside:
+            _flush(fresh)
+            made = sorted(entry.name for entry in fresh.iterdir())
+            for entry in map(fresh.joinpath, made):
+                if entry.is_dir():
+                    shutil.rmtree(target / entry.name, ignore_errors=True)
+                entry.replace(target / entry.name)
+            for entry in old:
+                if is_stale(entry.name) and entry.name not in made:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        else:
+            for entry in old:
+                if not is_stale(entry.name) and not (fresh / entry.name).exists():
+                    _take_along(entry, fresh / entry.name)
+            _flush(fresh)
+            _exchange(fresh, target)
+        _flush_entry(place)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sweep(place: Path, name: str) -> None:
+    """Removes what killed processes left."""
+    for left in place.glob(f".{glob.escape(name)}.*.tmp"):
+        pid = left.name.removeprefix(f".{name}.").removesuffix(".tmp")
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _take_along(source: Path, target: Path) -> None:
+    """A second name for the same file where the file system has that, else a copy."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for entry in source.iterdir():
+            _take_along(entry, target / entry.name)
+        return
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _flush(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _flush_entry(Path(root, name))
+        _flush_entry(Path(root))
+
+
+def _flush_entry(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a system that cannot open a folder, or a dangling link
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _exchange(fresh: Path, target: Path) -> None:
+    if not target.exists():
+        fresh.rename(target)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        at, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(at, os.fsencode(fresh), at, os.fsencode(target), swap) == 0:
+            return
+    old = fresh.with_suffix(".old")
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
