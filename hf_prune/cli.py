@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--comparison-group", choices=("row", "matrix", "block", "model"))
     prune.add_argument("--sampling", choices=("packed", "paper"), default="packed")
     prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--resume-dir", help="folder for a journal; the same command goes on from it after an interruption")
     prune.set_defaults(run=_prune)
 
     perplexity = commands.add_parser("perplexity", help="measure the perplexity of a text file")
@@ -104,7 +105,7 @@ def _prune(args) -> int:
     if Path(args.output).is_file():
         raise ValueError(f"{args.output} is a file, not a folder.")
     model, tokenizer = _load(args)
-    print(model.prune(config, args.calibration, tokenizer))
+    print(model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir))
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"saved to {args.output}")

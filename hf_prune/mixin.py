@@ -35,6 +35,7 @@ class PruningMixin:
         masks: Masks | None = None,
         tokens_per_batch: int | None = None,
         store: str | torch.device | None = None,
+        resume_dir: str | Path | None = None,
     ) -> PruningReport:
         """Prunes the model in place.
 
@@ -45,6 +46,7 @@ class PruningMixin:
             masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
             store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+            resume_dir: folder for a journal: the same call after an interruption goes on from the last finished block.
 
         Returns:
             A report; `print(report)` shows a table. The model saves with its masks from now on.
@@ -66,6 +68,7 @@ class PruningMixin:
             fixed_masks=masks,
             tokens_per_batch=tokens_per_batch,
             store=store,
+            resume_dir=resume_dir,
         )
         if is_dequantized(self):  # plain weights by now, but transformers would refuse to save them
             self.hf_quantizer = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -16,6 +19,7 @@ from .blocks import Decoder, Linear
 from .calibration import batches_of, calibration_sequences
 from .config import PruningConfig
 from .gradients import model_gradients
+from .journal import Journal, fingerprint
 from .masks import Masks
 from .patterns import NM, Pattern
 from .report import PruningReport
@@ -39,6 +43,7 @@ def prune_model(
     fixed_masks: Masks | None = None,
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
+    resume_dir: str | Path | None = None,
 ) -> tuple[Masks, PruningReport]:
     """Prunes the linears of `model` in place; returns their masks and a report.
 
@@ -51,9 +56,12 @@ def prune_model(
         fixed_masks: masks to use as they are, keyed by parameter name: a solver then only updates the kept weights.
         tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
         store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+        resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a result
+            equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it when the
+            model is saved. Methods that need no data take seconds and keep no journal.
 
     Raises:
-        ValueError, TypeError: anything that cannot be pruned as asked. The model is then as it was before the call, also
+        ValueError, TypeError: anything that cannot be pruned as asked, a journal of another pruning too. The model is then as it was before the call, also
             after KeyboardInterrupt.
     """
     started = time.perf_counter()
@@ -75,6 +83,9 @@ def prune_model(
         elif calibration is not None:
             logger.info(f"{config.method.name} needs no data: the calibration text is not used.")
 
+        journal = None
+        if resume_dir is not None and config.needs_calibration:
+            journal = Journal(resume_dir, _identity(model, config, sequences, old_masks, fixed_masks, tokens_per_batch))
         undo = Undo(parameters.values())
         plan = Plan(
             decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
@@ -90,9 +101,7 @@ def prune_model(
                     before = time.perf_counter()
                     method = config.method
                     some = sequences[: method.gradient_samples]
-                    plan.gradients = model_gradients(
-                        model, decoder.blocks, chosen, some, method.order, method.gradient_checkpointing
-                    )
+                    plan.gradients = _gradients(model, decoder, chosen, some, method, journal)
                     gradient_seconds = time.perf_counter() - before
                 batches = batches_of(sequences, 1 if by_block else tokens_per_batch or _batch_tokens(model, sequences))
                 masks, blocks = prune_blocks(
@@ -101,6 +110,7 @@ def prune_model(
                     probe=sequences[0][None, :128],
                     store=None if store is None else torch.device(store),
                     gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
+                    journal=journal,
                 )
         except BaseException:
             undo.restore()
@@ -253,6 +263,49 @@ def _sequences(model: PreTrainedModel, config: PruningConfig, calibration: Any, 
         sampling=config.sampling,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def _gradients(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    linears: list[Linear],
+    samples: list[Tensor],
+    method: Any,
+    journal: Journal | None,
+) -> dict[str, GradientNorm]:
+    def compute() -> dict[str, GradientNorm]:
+        return model_gradients(model, decoder.blocks, linears, samples, method.order, method.gradient_checkpointing)
+
+    if journal is None:
+        return compute()
+    sums = journal.tensors("gradients", lambda: {name: norm.sum for name, norm in compute().items()})
+    return {
+        linear.parameter_name: GradientNorm.of(
+            sums[linear.parameter_name].to(linear.parameter.device), method.order, len(samples)
+        )
+        for linear in linears
+    }
+
+
+def _identity(
+    model: PreTrainedModel,
+    config: PruningConfig,
+    sequences: list[Tensor],
+    old: Masks,
+    fixed: Masks,
+    tokens_per_batch: int | None,
+) -> dict[str, str]:
+    """All that a result depends on, for a journal."""
+    words = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
+    return {
+        **words,
+        "calibration": fingerprint(sequences),
+        "weights": fingerprint(model.parameters()),
+        "earlier masks": old.digest()[:16],
+        "given masks": fixed.digest()[:16],
+        "tokens_per_batch": str(tokens_per_batch),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
 
 
 def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:

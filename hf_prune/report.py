@@ -29,6 +29,11 @@ class BlockReport:
     error: float | None
     linears: list[LinearReport]
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BlockReport:
+        """What `dataclasses.asdict` gave."""
+        return cls(**{**values, "linears": [LinearReport(**linear) for linear in values["linears"]]})
+
     @property
     def sparsity(self) -> float | None:
         """Mean over the block's linears."""
@@ -75,8 +80,7 @@ class PruningReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningReport:
         """What `to_dict` gave."""
-        blocks = [BlockReport(**{**b, "linears": [LinearReport(**x) for x in b["linears"]]}) for b in values["blocks"]]
-        return cls(**{**values, "blocks": blocks})
+        return cls(**{**values, "blocks": [BlockReport.from_dict(block) for block in values["blocks"]]})
 
     def _summary(self) -> list[str]:
         lines = [

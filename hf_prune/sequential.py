@@ -13,15 +13,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .blocks import Block, Call, Decoder, Linear, eager_experts, run_lockstep, watch
 from .gradients import block_gradients
+from .journal import Journal
 from .masks import Masks
 from .methods import Magnitude, Method
 from .patterns import NM, Pattern, lowest_of_all
 from .report import BlockReport, LinearReport
 from .statistics import GradientNorm
 
+
+logger = logging.get_logger(__name__)
 
 _SAMPLE = 64  # tokens on which the error of a linear is measured
 
@@ -95,7 +99,12 @@ def prune_without_data(plan: Plan) -> tuple[Masks, list[BlockReport]]:
 
 @torch.no_grad()
 def prune_blocks(
-    plan: Plan, batches: list[Tensor], probe: Tensor, store: torch.device | None = None, gradient_samples: int | None = None
+    plan: Plan,
+    batches: list[Tensor],
+    probe: Tensor,
+    store: torch.device | None = None,
+    gradient_samples: int | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Masks, list[BlockReport]]:
     """Prunes in place, block after block, on the calibration `batches`.
 
@@ -104,16 +113,28 @@ def prune_blocks(
         probe: ids (1, length); the error of a block is measured on them.
         store: where hidden states wait; None keeps them where the blocks are.
         gradient_samples: how many batches have a block-wise backward pass, for methods of scope "block".
+        journal: where finished blocks are kept, and taken from.
 
     Raises:
         ValueError: activations that are not finite.
     """
     masks, reports = Masks(), []
+    done = journal.finished if journal else 0
     with eager_experts(plan.decoder.model):
         hidden, calls = plan.decoder.capture([*batches, probe], store)
+        if done:
+            logger.info(f"{done} of {len(plan.decoder.blocks)} blocks are taken from {journal.folder}.")
+            hidden = journal.hidden(hidden)
         for index, block in enumerate(tqdm(plan.decoder.blocks, desc=plan.method.name, unit="block")):
             started = time.perf_counter()
             work = _BlockWork(plan, block)
+            if index < done:
+                for parameter in work.parameters.values():
+                    plan.before_change(parameter)
+                work.masks, report = journal.load_block(index, work.parameters)
+                work.finish(masks)
+                reports.append(report)
+                continue
             before = calls[index][-1].run(block, hidden[-1])
             if gradient_samples:
                 some = slice(min(gradient_samples, len(batches)))
@@ -129,6 +150,8 @@ def prune_blocks(
             work.finish(masks)
             error = _relative(after - before, before)
             reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports()))
+            if journal:
+                journal.save_block(index, work.parameters, work.masks, reports[-1], hidden)
     return masks, reports
 
 
@@ -138,6 +161,7 @@ class _BlockWork:
     def __init__(self, plan: Plan, block: Block):
         self.plan, self.block = plan, block
         self.linears = plan.linears(block)
+        self.parameters = {linear.parameter_name: linear.parameter for linear in self.linears}
         self.gradients = plan.gradients
         self.groups: dict = {}
         for linear in self.linears:
@@ -279,9 +303,7 @@ def _statistics(method: Method, linear: Linear, source: _Input | None, gradients
 
 def _slice(norm: GradientNorm, linear: Linear) -> GradientNorm:
     """The gradient norm of one linear, seen as (out, in)."""
-    part = GradientNorm.__new__(GradientNorm)
-    part.order, part.samples, part.sum = norm.order, norm.samples, linear.matrix(norm.sum)
-    return part
+    return GradientNorm.of(linear.matrix(norm.sum), norm.order, norm.samples)
 
 
 def _mask_of(masks: Masks, linear: Linear) -> Tensor | None:

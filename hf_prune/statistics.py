@@ -106,6 +106,13 @@ class GradientNorm:
         self.sum = torch.zeros(shape, dtype=torch.float32, device=device)
         self.samples = 0
 
+    @classmethod
+    def of(cls, total: Tensor, order: int, samples: int) -> GradientNorm:
+        """One whose sum is `total` already; not copied."""
+        norm = cls(torch.Size(), order, total.device)
+        norm.sum, norm.samples = total, samples
+        return norm
+
     def update(self, gradient: Tensor, scale: float = 1.0) -> None:
         """Adds one sample's `gradient` (shape of the weight), times `scale`."""
         gradient = gradient.to(self.sum)

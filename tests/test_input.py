@@ -32,6 +32,7 @@ def config(**changes):
         ({"sequence_length": "long"}, "whole number"),
         ({"overrides": {"*": "5:4"}}, "4:5"),
         ({"method": "gblm", "method_options": {"alpha": "papers"}}, "paper"),
+        ({"method": "gblm", "method_options": {"alpha": 100.0}}, "0 to 1 or 'paper'"),
         ({"method": "gblm", "method_options": {"norm": "l3"}}, "l1"),
     ],
 )
@@ -46,7 +47,7 @@ def test_unknown_config_key():
 
 
 def test_config_round_trip(tmp_path):
-    first = config(method="gblm", pattern="4:8", overrides={"*.mlp.*": 0.7}, method_options={"alpha": 2.0})
+    first = config(method="gblm", pattern="4:8", overrides={"*.mlp.*": 0.7}, method_options={"alpha": 0.5})
     first.save_pretrained(tmp_path)
     assert PruningConfig.from_pretrained(tmp_path) == first
     assert PruningConfig.from_dict(json.loads(json.dumps(config(sparsity=0.7).to_dict()))) == config(sparsity=0.7)

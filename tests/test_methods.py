@@ -86,17 +86,34 @@ def test_constant_norms_make_wanda_magnitude():
     assert torch.equal(run(Wanda(), weight, torch.ones(10, 64), NM(2, 4)).mask, run(Magnitude(), weight, None, NM(2, 4)).mask)
 
 
-def test_gblm_alpha_zero_is_wanda_and_large_is_gradient():
+def test_gblm_from_wanda_to_gradients_alone():
     weight, x = problem()
     gradients = [torch.randn_like(weight) for _ in range(3)]
     half = Unstructured(0.5)
     assert torch.equal(run(GBLM(alpha=0), weight, x, half, gradients).mask, run(Wanda(), weight, x, half).mask)
     norm = torch.stack(gradients).square().mean(0).sqrt()
     only = half.mask(weight.abs() * norm, "row")
-    assert (run(GBLM(alpha=1e9), weight, x, half, gradients).mask != only).float().mean() < 1e-3
-    scaled = [g * 1e-6 for g in gradients]  # scale-free
-    a, b = run(GBLM(), weight, x, half, gradients).mask, run(GBLM(), weight, x, half, scaled).mask
+    assert (run(GBLM(alpha=1), weight, x, half, gradients).mask != only).float().mean() < 1e-3
+    between = run(GBLM(), weight, x, half, gradients).mask
+    assert (between != only).any() and (between != run(GBLM(alpha=0), weight, x, half, gradients).mask).any()
+
+
+def test_gblm_has_no_unit():
+    """Neither of the loss nor of a row: an output whose gradients are small is pruned as the others are."""
+    weight, x = problem()
+    gradients = [torch.randn_like(weight) for _ in range(3)]
+    scale = 10.0 ** torch.linspace(-8, 2, len(weight))[:, None]
+    a = run(GBLM(), weight, x, Unstructured(0.5), gradients).mask
+    b = run(GBLM(), weight, x, Unstructured(0.5), [g * scale for g in gradients]).mask
     assert (a != b).float().mean() < 1e-3
+
+
+def test_gblm_without_gradients_still_compares():
+    """Of an expert that no sample reached all gradients are zero: it must not lose its first columns."""
+    weight, x = problem()
+    result = run(GBLM(), weight, x, Unstructured(0.5), [torch.zeros_like(weight)]).mask
+    expected = Unstructured(0.5).mask(weight.abs() * x.norm(dim=0) ** (1 - GBLM().alpha), "row")
+    assert (result != expected).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -1,0 +1,146 @@
+"""The journal of a pruning: every finished block on disk, so that a run that was killed goes on where it stopped.
+
+A block's weights, masks and report go into one file, the hidden states after it into another, of which only the last is
+kept; each file appears whole or not at all. A resumed run computes from the very tensors that the killed one had, so its
+result is equal bit for bit. Only safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .report import BlockReport
+
+
+class Journal:
+    """A folder of finished work that belongs to one pruning.
+
+    Args:
+        folder: made if it is not there.
+        identity: what the result depends on, each as a short text.
+
+    Raises:
+        ValueError: the folder holds the journal of another pruning; says what differs.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, str]):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "journal.json"
+        if path.exists():
+            try:
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} cannot be read as the journal of a pruning: {error}.") from error
+            differs = [
+                f"{key} (then {known.get(key)}, now {identity.get(key)})"
+                for key in sorted({*known, *identity})
+                if known.get(key) != identity.get(key)
+            ]
+            if differs:
+                raise ValueError(
+                    f"{folder} holds the journal of another pruning. What differs: {'; '.join(differs)}. "
+                    "Give the same inputs, or another resume_dir."
+                )
+        else:
+            _whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))
+
+    @property
+    def finished(self) -> int:
+        """How many blocks need not be done again."""
+        hidden = [int(path.stem.removeprefix("hidden-")) for path in self.folder.glob("hidden-*.safetensors")]
+        return max((n for n in hidden if all(self._block(i).exists() for i in range(n))), default=0)
+
+    def save_block(
+        self,
+        index: int,
+        parameters: dict[str, nn.Parameter],
+        masks: dict[str, Tensor],
+        report: BlockReport,
+        hidden: list[Tensor],
+    ) -> None:
+        """Block `index` is done: what it is now, and the hidden states that leave it."""
+        tensors = {f"weight:{name}": parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
+        tensors.update({f"mask:{name}": mask.contiguous().cpu() for name, mask in masks.items()})
+        metadata = {"report": json.dumps(dataclasses.asdict(report))}
+        _whole(self._block(index), lambda path: save_file(tensors, path, metadata))
+        states = {f"{i:06d}": state.detach().contiguous().cpu() for i, state in enumerate(hidden)}
+        _whole(self._hidden(index + 1), lambda path: save_file(states, path))
+        self._hidden(index).unlink(missing_ok=True)
+
+    def load_block(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], BlockReport]:
+        """Writes the weights of block `index` into `parameters`; its masks and report."""
+        with _readable(self._block(index)):
+            with safe_open(self._block(index), "pt") as file:
+                report = BlockReport.from_dict(json.loads(file.metadata()["report"]))
+            tensors = load_file(self._block(index))
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"weight:{name}"])
+            return {name: tensors[f"mask:{name}"] for name in parameters}, report
+
+    def hidden(self, like: list[Tensor]) -> list[Tensor]:
+        """The hidden states after the last finished block, on the devices of `like`."""
+        path = self._hidden(self.finished)
+        with _readable(path):
+            states = load_file(path)
+            return [states[key].to(other.device) for key, other in zip(sorted(states), like, strict=True)]
+
+    def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What an earlier run kept under `name`, or what `make` gives, kept from now on."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            made = {key: tensor.contiguous().cpu() for key, tensor in make().items()}
+            _whole(path, lambda temporary: save_file(made, temporary))
+            return made
+        with _readable(path):
+            return load_file(path)
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _hidden(self, index: int) -> Path:
+        return self.folder / f"hidden-{index:05d}.safetensors"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over dtypes, shapes and bytes, its first 16 digits."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+class _readable:
+    """Turns what a damaged file raises into one error that names it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)):
+            raise ValueError(f"{self.path} is damaged: {error}. Delete the folder to begin anew.") from error
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write`s a file that appears under its name only when it is complete and on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
