@@ -40,8 +40,8 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
     try:
         yield fresh
         old = [entry for entry in target.iterdir() if entry != fresh] if target.exists() else []
+        _flush(fresh)
         if inside:
-            _flush(fresh)
             made = sorted(entry.name for entry in fresh.iterdir())
             for entry in map(fresh.joinpath, made):
                 if entry.is_dir():
@@ -54,7 +54,7 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
             for entry in old:
                 if not is_stale(entry.name) and not (fresh / entry.name).exists():
                     _take_along(entry, fresh / entry.name)
-            _flush(fresh)
+            _flush_entry(fresh)
             _exchange(fresh, target)
         _flush_entry(place)
     finally:
@@ -90,12 +90,14 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    with contextlib.suppress(OSError):  # a system that cannot open a folder, or a dangling link
+    try:
         handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except OSError:  # a system that cannot open a folder, or a dangling link
+        return
+    try:
+        os.fsync(handle)  # a disk that is full may say so only now
+    finally:
+        os.close(handle)
 
 
 def _exchange(fresh: Path, target: Path) -> None:

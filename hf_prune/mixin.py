@@ -17,7 +17,7 @@ from .config import PruningConfig
 from .masks import Masks
 from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
-from .serialization import STATE, PruningState, is_weight_file, settle
+from .serialization import STATE, PruningState, is_replaced, settle
 
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,7 @@ def install() -> None:
         if not state or not is_main_process or os.path.isfile(save_directory):
             return original(self, save_directory, *args, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-        with replaced_folder(save_directory, is_weight_file) as fresh:
+        with replaced_folder(save_directory, functools.partial(is_replaced, variant=kwargs.get("variant"))) as fresh:
             result = original(self, fresh, *args, **kwargs)
             state.save(fresh)
             made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]

@@ -30,8 +30,15 @@ _WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|\.[\w-]+)?\.(safetensor
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of that name in a model folder belongs to its weights, or is our own folder: a new save replaces it."""
-    return name == FOLDER or _WEIGHTS.fullmatch(name) is not None
+    """Whether a file of that name in a model folder may hold weights."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_replaced(name: str, variant: str | None = None) -> bool:
+    """Whether a new save, as `variant`, takes the place of that entry: weights in other formats or variants stay."""
+    middle, end = (rf"\.{re.escape(variant)}", rf"\.{re.escape(variant)}") if variant else ("", "")
+    ours = rf"model{middle}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{end}\.json"
+    return name == FOLDER or re.fullmatch(ours, name) is not None
 
 
 class PruningState:
@@ -98,7 +105,7 @@ class PruningState:
         """
         for name, digest in self.files.items():
             path = folder / name
-            if not is_weight_file(name) or name == FOLDER:
+            if not is_weight_file(name):
                 raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {name!r} as a weight file, which it cannot be.")
             if not path.is_file():
                 raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
@@ -123,17 +130,22 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
         raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     config = AutoConfig.from_pretrained(name_or_path, **hub)
+    state = None
     if on_mismatch != "drop" and getattr(config, "pruning_config", None) is not None:
         state = _read(config, **hub)  # before the weights: it is quicker
         if Path(name_or_path).is_dir() and on_mismatch == "error":
             state.check_files(Path(name_or_path))
     model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    settle(model, on_mismatch, **hub)
+    settle(model, on_mismatch, state, **hub)
     return model
 
 
-def settle(model: PreTrainedModel, on_mismatch: str = "error", **hub: Any) -> PruningState | None:
+def settle(
+    model: PreTrainedModel, on_mismatch: str = "error", state: PruningState | None = None, **hub: Any
+) -> PruningState | None:
     """The state that belongs to the place `model` was loaded from, put on the instance; None if it was not pruned.
+
+    `state` is what was read from there already, if it was.
 
     Raises:
         ValueError: the masks there do not belong to this model, or its pruned weights are not zero.
@@ -145,7 +157,7 @@ def settle(model: PreTrainedModel, on_mismatch: str = "error", **hub: Any) -> Pr
         return None
     problem = ""
     try:
-        state = _read(config, **hub)
+        state = state or _read(config, **hub)
         if violations := state.masks.violations(model):
             name, count = next(iter(violations.items()))
             problem = (

@@ -186,6 +186,19 @@ def test_saving_over_a_folder_keeps_what_is_not_the_model(saved, tmp_path):
     hf_prune.load(folder)
 
 
+def test_saving_leaves_other_formats_and_variants(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    for name in ("pytorch_model.bin", "model.fp16.safetensors"):
+        (folder / name).write_bytes(b"mine")
+    model = hf_prune.load(saved)
+    model.save_pretrained(folder)
+    assert (folder / "pytorch_model.bin").read_bytes() == b"mine" == (folder / "model.fp16.safetensors").read_bytes()
+    model.save_pretrained(folder, variant="fp16")
+    assert (folder / "model.fp16.safetensors").read_bytes() != b"mine" and (folder / "model.safetensors").exists()
+    hf_prune.load(folder, variant="fp16")
+
+
 def test_saving_into_the_working_directory(saved, tmp_path, monkeypatch):
     model = hf_prune.load(saved)
     monkeypatch.chdir(tmp_path)
