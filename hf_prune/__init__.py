@@ -3,6 +3,7 @@
 from .blocks import Decoder, Linear
 from .calibration import calibration_sequences
 from .config import PruningConfig
+from .conversion import expand
 from .evaluation import Perplexity, perplexity
 from .masks import Masks
 from .methods import GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
@@ -17,7 +18,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "GBLM", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
-    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "install", "load", "perplexity", "prune_model",
+    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model",
     "register",
 ]  # fmt: skip
 

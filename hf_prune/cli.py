@@ -1,4 +1,4 @@
-"""The command `hf-prune`: prune, perplexity, inspect. Arguments in, one call of the library, text out."""
+"""The command `hf-prune`: prune, perplexity, inspect, expand. Arguments in, one call of the library, text out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--comparison-group", choices=("row", "matrix", "block", "model"))
     prune.add_argument("--sampling", choices=("packed", "paper"), default="packed")
     prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--compact", action="store_true", help="save only what the masks keep; hf_prune.load reads it")
     prune.add_argument("--resume-dir", help="folder for a journal; the same command goes on from it after an interruption")
     prune.set_defaults(run=_prune)
 
@@ -54,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="tell what is in a folder: masks, sparsity, whether zeros and masks agree")
     inspect.add_argument("folder")
     inspect.set_defaults(run=_inspect)
+
+    expand = commands.add_parser("expand", help="write the ordinary form of a compact folder")
+    expand.add_argument("folder")
+    expand.add_argument("output", help="folder to write")
+    expand.set_defaults(run=_expand)
 
     for command in (prune, perplexity):
         command.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; default: as saved")
@@ -106,7 +112,7 @@ def _prune(args) -> int:
         raise ValueError(f"{args.output} is a file, not a folder.")
     model, tokenizer = _load(args)
     print(model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir))
-    model.save_pretrained(args.output)
+    model.save_pretrained(args.output, **({"compact": True} if args.compact else {}))
     tokenizer.save_pretrained(args.output)
     print(f"saved to {args.output}")
     return 0
@@ -120,10 +126,18 @@ def _perplexity(args) -> int:
     return 0
 
 
+def _expand(args) -> int:
+    from .conversion import expand
+
+    expand(args.folder, args.output)
+    print(f"saved to {args.output}")
+    return 0
+
+
 def _inspect(args) -> int:
     from transformers import AutoModelForCausalLM
 
-    from .serialization import PruningState
+    from .serialization import PruningState, load
 
     state = PruningState.load(args.folder)
     print(f"{args.folder}: {state.config['method']}, {state.config['pattern']}")
@@ -133,7 +147,7 @@ def _inspect(args) -> int:
     print(f"{len(masks)} masks, sparsity {masks.sparsity():.4f} of {masks.numel()} weights")
     if state.report:
         print(f"{state.report.model_sparsity:.4f} of all parameters, calibrated on {state.report.tokens} tokens")
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype="auto")
+    model = (load if state.compact else AutoModelForCausalLM.from_pretrained)(args.folder, dtype="auto")
     violations = masks.violations(model)
     for name, count in violations.items():
         print(f"{name}: {count} pruned weights are not zero")

@@ -1,7 +1,8 @@
 """The masks of a model: which weights are kept. The only file that knows how a mask is stored.
 
-In memory and on disk a mask is bit-packed along its last dimension, one bit a weight, so that masks cost a sixteenth of a bf16
-model. They are stored, never re-derived from `weight != 0`: a kept weight may be 0.0.
+In memory a mask is bit-packed along its last dimension, one bit a weight, so that masks cost a sixteenth of a bf16 model. On
+disk an exact 2:4 mask takes 8 bits for 12 weights (three groups, each one of six). Masks are stored, never re-derived from
+`weight != 0`: a kept weight may be 0.0.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ class Masks(MutableMapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} parameters, sparsity {self.sparsity():.4f})"
+
+    def packed(self, name: str) -> numpy.ndarray:
+        """The bits of one mask, uint8 (..., ceil(in / 8)), the first weight in the lowest bit; not a copy."""
+        return self._packed[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one mask, without unpacking it."""
@@ -124,15 +129,19 @@ class Masks(MutableMapping[str, Tensor]):
         return total.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter; shapes, patterns and digest beside."""
+        """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter, or (bytes,) if `coded`; shapes,
+        patterns and digest beside."""
+        tensors = {name: packed for name, (packed, _) in self._packed.items()}
+        coded = {name: codes for name, packed in tensors.items() if (codes := _encode(packed, self.shape(name))) is not None}
         metadata = {
             "format": "hf_prune.masks",
             "version": str(FORMAT_VERSION),
             "shapes": json.dumps({name: list(shape) for name, (_, shape) in self._packed.items()}),
             "patterns": json.dumps(self.patterns),
+            "coded": json.dumps(sorted(coded)),
             "digest": self.digest(),
         }
-        save_file({name: packed for name, (packed, _) in self._packed.items()}, Path(folder) / MASK_FILE, metadata)
+        save_file({**tensors, **coded}, Path(folder) / MASK_FILE, metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> Masks:
@@ -152,10 +161,13 @@ class Masks(MutableMapping[str, Tensor]):
                 check_version(path, metadata["version"])
                 shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
                 masks.patterns = dict(json.loads(metadata["patterns"]))
+                coded = set(json.loads(metadata["coded"]))
                 if set(file.keys()) != set(shapes):
                     raise ValueError(f"{path}: its list of shapes and its masks are not of the same parameters.")
                 for name, shape in shapes.items():
                     packed = file.get_tensor(name)
+                    if name in coded:
+                        packed = _decode(packed, shape)
                     if packed.dtype != numpy.uint8 or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
                         raise ValueError(f"{path}: the mask of {name} has shape {packed.shape}, not that of {shape}.")
                     masks._packed[name] = packed, shape
@@ -166,6 +178,32 @@ class Masks(MutableMapping[str, Tensor]):
         except (SafetensorError, OSError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be read as masks of hf_prune: {error!r}.") from error
         return masks
+
+
+_PAIRS = numpy.array([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], numpy.uint8)  # the ways to keep 2 of 4
+_CODES = numpy.full(16, 255, numpy.uint8)
+_CODES[_PAIRS] = numpy.arange(6)
+_TRIPLES = _PAIRS[numpy.arange(256)[:, None] // (1, 6, 36) % 6]  # the three groups that one byte tells
+
+
+def _encode(packed: numpy.ndarray, shape: tuple[int, ...]) -> numpy.ndarray | None:
+    """Three groups of four weights in a byte, (ceil(groups / 3),); None if any four keep not exactly two."""
+    if shape[-1] % 8 or not packed.size:
+        return None
+    codes = _CODES[numpy.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)]
+    if codes.max() > 5:
+        return None
+    triples = numpy.pad(codes, (0, -len(codes) % 3)).reshape(-1, 3)
+    return triples[:, 0] + 6 * triples[:, 1] + 36 * triples[:, 2]
+
+
+def _decode(coded: numpy.ndarray, shape: tuple[int, ...]) -> numpy.ndarray:
+    """The packed mask of `shape` that `_encode` was given."""
+    groups = math.prod(shape) // 4
+    if coded.dtype != numpy.uint8 or coded.shape != (-(-groups // 3),):
+        raise TypeError(f"codes of shape {coded.shape} for a mask of shape {shape}")
+    nibbles = _TRIPLES[coded].reshape(-1)[:groups].reshape(*shape[:-1], shape[-1] // 8, 2)
+    return nibbles[..., 0] | nibbles[..., 1] << 4
 
 
 def check_version(path: Path, version: str | int) -> None:

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .atomic import replaced_folder
+from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
 from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
-from .serialization import STATE, PruningState, is_replaced, settle
+from .serialization import FOLDER, STATE, PruningState, is_replaced, settle
 
 
 logger = logging.get_logger(__name__)
@@ -107,13 +108,21 @@ def install() -> None:
     original = PreTrainedModel.save_pretrained
 
     @functools.wraps(original)
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory, *args, is_main_process: bool = True, push_to_hub: bool = False, compact: bool = False, **kwargs
+    ):
         state = None if getattr(self, "_hf_peft_config_loaded", False) else _state_to_save(self)
+        if compact and not state:
+            raise ValueError("compact=True leaves out what masks prune, and this model has none: prune it first.")
+        if compact and kwargs.get("variant"):
+            raise ValueError(f"compact=True has no variants: leave out variant={kwargs['variant']!r}.")
         if not state or not is_main_process or os.path.isfile(save_directory):
             return original(self, save_directory, *args, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
         with replaced_folder(save_directory, functools.partial(is_replaced, variant=kwargs.get("variant"))) as fresh:
             result = original(self, fresh, *args, **kwargs)
+            if compact:
+                compress(fresh, fresh / FOLDER, state.masks)
             state.save(fresh)
             made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]
         if push_to_hub:

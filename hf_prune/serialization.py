@@ -13,9 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .compact import VALUES, as_ordinary
 from .config import CONFIG_FILE
 from .masks import FORMAT_VERSION, MASK_FILE, Masks, check_version
 from .report import PruningReport
@@ -26,11 +28,14 @@ logger = logging.get_logger(__name__)
 FOLDER = "pruning"
 ON_MISMATCH = ("error", "reapply", "drop")
 
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5}|\.[\w-]+)?\.(safetensors|bin)(\.index\.json)?")
+_SHARD = r"-\d{5}-of-\d{5}"
+_WEIGHTS = re.compile(
+    rf"(pytorch_)?model({_SHARD}|\.[\w-]+)?\.(safetensors|bin)(\.index\.json)?|{FOLDER}/values{_SHARD}\.safetensors"
+)
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of that name in a model folder may hold weights."""
+    """Whether a file of that name, relative to a model folder, may hold weights."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
@@ -67,13 +72,20 @@ class PruningState:
         target.mkdir(parents=True, exist_ok=True)
         self.masks.save(target)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
+        weights += target.glob(VALUES)
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
             "report": self.report.to_dict() if self.report else None,
-            "files": {path.name: _digest(path) for path in sorted(weights)},
+            "masks": self.masks.digest(),
+            "files": {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(weights)},
         }
         (target / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+    @property
+    def compact(self) -> bool:
+        """Whether it was saved as a compact folder."""
+        return any(name.startswith(f"{FOLDER}/") for name in self.files)
 
     @classmethod
     def load(cls, folder: str | Path) -> PruningState:
@@ -91,11 +103,14 @@ class PruningState:
             content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
             check_version(path / CONFIG_FILE, content["format_version"])
             config, report, files = dict(content["config"]), content.get("report"), dict(content.get("files", {}))
-            report = PruningReport.from_dict(report) if report else None
+            report, digest = PruningReport.from_dict(report) if report else None, content["masks"]
             config["method"], config["pattern"]  # noqa: B018 - without them it is no config of ours
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / CONFIG_FILE} cannot be read as the config of a pruned model: {error!r}.") from error
-        return cls(Masks.load(path), config, report, files)
+        masks = Masks.load(path)
+        if masks.digest() != digest:
+            raise ValueError(f"{path / MASK_FILE} is not the file that was saved with {CONFIG_FILE}: its digest differs.")
+        return cls(masks, config, report, files)
 
     def check_files(self, folder: Path) -> None:
         """Compares the weight files in `folder` with those that the masks were saved with.
@@ -117,10 +132,12 @@ class PruningState:
 def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any) -> PreTrainedModel:
     """Loads a pruned model and checks it at once: weight files by their digests, masks by theirs, weights against masks.
 
+    A compact folder is expanded while it is read, one tensor at a time; nothing is written.
+
     Args:
         name_or_path: folder or Hub name.
         on_mismatch: if anything is wrong with the masks: "error"; "reapply" sets pruned weights to zero again; "drop" gives
-            the model as it is, without masks.
+            the model as it is, without masks. Compact weights cannot be read without their masks.
         **kwargs: as for `AutoModelForCausalLM.from_pretrained`: `revision`, `dtype`, `device_map`, ...
 
     Raises:
@@ -128,15 +145,41 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     """
     if on_mismatch not in ON_MISMATCH:
         raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     state = None
-    if on_mismatch != "drop" and getattr(config, "pruning_config", None) is not None:
-        state = _read(config, **hub)  # before the weights: it is quicker
-        if Path(name_or_path).is_dir() and on_mismatch == "error":
+    if getattr(config, "pruning_config", None) is not None:
+        try:
+            state = _read(config, **hub)  # before the weights: it is quicker
+        except ValueError:
+            if on_mismatch != "drop":
+                raise
+    if state and state.compact:
+        model = _load_compact(name_or_path, state, config, hub, kwargs)
+    else:
+        if state and Path(name_or_path).is_dir() and on_mismatch == "error":
             state.check_files(Path(name_or_path))
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     settle(model, on_mismatch, state, **hub)
+    return model
+
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def _load_compact(
+    name_or_path: str | Path, state: PruningState, config: Any, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        at = {**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", f"{FOLDER}/*"], **at))
+    state.check_files(folder)
+    with as_ordinary(folder, state.masks):
+        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k not in hub})
+    if "disk" in map(str, (getattr(model, "hf_device_map", None) or {}).values()):
+        raise ValueError(f"{name_or_path} is compact and cannot be offloaded to disk. Make it ordinary with hf_prune.expand.")
+    model.config._name_or_path = str(name_or_path)
     return model
 
 

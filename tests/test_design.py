@@ -14,9 +14,9 @@ LEVELS = [
     {"methods"},
     {"calibration", "gradients", "report", "journal", "sequential", "evaluation"},
     {"config", "pruning"},
-    {"mixin", "serialization", "metric", "cli"},
+    {"compact", "serialization", "conversion", "mixin", "metric", "cli"},
 ]
-WITHIN_LEVEL = {("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("mixin", "serialization"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):

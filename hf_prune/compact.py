@@ -1,0 +1,215 @@
+"""Compact weight files: only the values that a mask keeps, beside the masks. How they are written, and how they are read.
+
+In a compact folder `pruning/values-*.safetensors` stand for the weight files. A tensor under a mask has its kept values there,
+one after another, and its shape in the metadata; a tensor that a file calls otherwise than the model does (experts that
+Transformers fuses when it loads) brings bits of its own. The index that every loader looks for names one file that is not there,
+and whose name says what to do. `as_ordinary` lets Transformers read such a folder: each tensor is expanded when it is its turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import modeling_utils
+
+from .masks import FORMAT_VERSION, Masks, check_version
+
+
+SIGN = "COMPACT_FOLDER--load_with_hf_prune.load--or_make_ordinary_with--hf-prune_expand_FOLDER_OUT.safetensors"
+INDEX = "model.safetensors.index.json"
+VALUES = "values-*-of-*.safetensors"
+
+_FORMAT = "hf_prune.values"
+_PIECE = 1 << 22  # weights that are unpacked together
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def compress(folder: Path, target: Path, masks: Masks) -> None:
+    """Replaces the ordinary weight files of `folder` by compact ones in `target`, shard by shard, and by an index that tells.
+
+    Raises:
+        ValueError: `folder` has no `model*.safetensors`.
+    """
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards:
+        raise ValueError("compact=True needs weights in safetensors files: leave out safe_serialization=False.")
+    target.mkdir(exist_ok=True)
+    names, total = [], 0
+    for i, shard in enumerate(tqdm(shards, desc="compact", unit="shard", disable=len(shards) == 1)):
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, list[int]] = {}
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(name)
+                names.append(name)
+                total += tensor.nbytes
+                values, bits = _kept(
+                    tensor, masks.packed(name) if name in masks and masks.shape(name) == tensor.shape else None
+                )
+                tensors[name] = values
+                if values is not tensor:
+                    shapes[name] = list(tensor.shape)
+                if bits is not None:
+                    tensors[f"{name}:bits"] = bits
+        metadata = {"format": _FORMAT, "version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)}
+        save_file(tensors, target / f"values-{i + 1:05d}-of-{len(shards):05d}.safetensors", metadata)
+        shard.unlink()
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(names, SIGN)}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _kept(tensor: Tensor, packed: numpy.ndarray | None) -> tuple[Tensor, Tensor | None]:
+    """The kept values of `tensor`, and bits if they are not those of the mask; the tensor itself where that is no gain."""
+    if tensor.dim() < 2 or not tensor.numel():
+        return tensor, None
+    raw = _raw(tensor)
+    if packed is not None:
+        values = numpy.concatenate([raw[start:][where] for start, where in _positions(packed, tensor.shape)])
+        if numpy.count_nonzero(values) == numpy.count_nonzero(raw):  # else a pruned weight is -0.0
+            return torch.from_numpy(values).view(tensor.dtype), None
+    bits = numpy.packbits((raw != 0).reshape(tensor.shape), axis=-1, bitorder="little")
+    values = raw[raw != 0]
+    if values.nbytes + bits.nbytes > 0.9 * raw.nbytes:
+        return tensor, None
+    return torch.from_numpy(values).view(tensor.dtype), torch.from_numpy(bits)
+
+
+def expanded(values: Tensor, packed: numpy.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """The dense tensor of `shape` with `values` (kept,) where `packed` (..., ceil(in / 8)) has bits, and +0.0 elsewhere.
+
+    Raises:
+        ValueError: there are more or fewer values than bits.
+    """
+    if packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
+        raise ValueError(f"bits of shape {packed.shape} for a tensor of shape {tuple(shape)}")
+    dense = torch.zeros(shape, dtype=values.dtype)
+    raw, source, used = _raw(dense), _raw(values), 0
+    for start, where in _positions(packed, shape):
+        piece = source[used : used + len(where)]
+        if len(piece) == len(where):
+            raw[start:][where] = piece
+        used += len(where)
+    if used != len(source):
+        raise ValueError(f"{len(source)} values, but its mask keeps {used}")
+    return dense
+
+
+def _raw(tensor: Tensor) -> numpy.ndarray:
+    """The bit patterns of a tensor as integers, flat, in the same memory."""
+    return tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).numpy()
+
+
+def _positions(packed: numpy.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[int, numpy.ndarray]]:
+    """Where bits are set, in pieces of rows: the flat index at which a piece starts, and positions from there."""
+    width = shape[-1]
+    rows = packed.reshape(-1, packed.shape[-1])
+    step = max(1, _PIECE // width)
+    for i in range(0, len(rows), step):
+        bits = numpy.unpackbits(rows[i : i + step], axis=-1, count=width, bitorder="little")
+        yield i * width, numpy.flatnonzero(bits)
+
+
+class CompactFiles:
+    """The weight files of a compact folder as one, with the interface of `safetensors.safe_open`.
+
+    Raises:
+        ValueError: not readable as compact files of this version, or not of these masks; a tensor tells when it is asked for.
+    """
+
+    def __init__(self, folder: Path, masks: Masks, device: str | torch.device = "cpu"):
+        self._masks, self._device = masks, device
+        self._where: dict[str, tuple[Any, tuple[int, ...] | None, Path]] = {}
+        self.shards: dict[Path, list[str]] = {}
+        for path in sorted(folder.glob(VALUES)):
+            try:
+                file = safe_open(path, "pt")
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} holds no values of hf_prune: its format is {metadata.get('format')!r}.")
+                check_version(path, metadata["version"])
+                shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            except (SafetensorError, OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} cannot be read as compact weights of hf_prune: {error!r}.") from error
+            self.shards[path] = [name for name in file.keys() if not name.endswith(":bits")]  # noqa: SIM118
+            self._where.update({name: (file, shapes.get(name), path) for name in self.shards[path]})
+
+    def __enter__(self) -> CompactFiles:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        return list(self._where)
+
+    def metadata(self) -> dict[str, str]:
+        return {"format": "pt"}
+
+    def get_tensor(self, name: str) -> Tensor:
+        """The dense tensor of that name."""
+        file, shape, path = self._where[name]
+        values = file.get_tensor(name)
+        if shape is not None:
+            try:
+                own = f"{name}:bits" in file.keys()  # noqa: SIM118
+                packed = file.get_tensor(f"{name}:bits").numpy() if own else self._masks.packed(name)
+                if not own and self._masks.shape(name) != shape:
+                    raise ValueError(f"its mask has shape {self._masks.shape(name)}, not {shape}")
+                values = expanded(values, packed, shape)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{path} does not go with its masks: {name}: {error}.") from error
+        return values.to(self._device)
+
+    def get_slice(self, name: str) -> _Slice:
+        return _Slice(self, name)
+
+    def shape(self, name: str) -> list[int]:
+        file, shape, _ = self._where[name]
+        return list(file.get_slice(name).get_shape() if shape is None else shape)
+
+    def dtype(self, name: str) -> str:
+        return self._where[name][0].get_slice(name).get_dtype()
+
+
+class _Slice:
+    """A tensor that is expanded when it is indexed."""
+
+    def __init__(self, files: CompactFiles, name: str):
+        self._files, self._name = files, name
+
+    def get_shape(self) -> list[int]:
+        return self._files.shape(self._name)
+
+    def get_dtype(self) -> str:
+        return self._files.dtype(self._name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._files.get_tensor(self._name)[index]
+
+
+@contextlib.contextmanager
+def as_ordinary(folder: Path, masks: Masks) -> Iterator[None]:
+    """Within, Transformers reads the file `SIGN` in the compact `folder` as if it held all weights."""
+    original = modeling_utils.safe_open
+
+    def opened(path: str | os.PathLike, *args: Any, device: str | torch.device = "cpu", **kwargs: Any) -> Any:
+        if Path(path) == folder / SIGN:
+            return CompactFiles(folder / "pruning", masks, device)
+        return original(path, *args, device=device, **kwargs)
+
+    modeling_utils.safe_open = opened
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = original
