@@ -2,6 +2,7 @@
 
 from .blocks import Decoder, Linear
 from .calibration import calibration_sequences
+from .callbacks import KeepMasksCallback
 from .config import PruningConfig
 from .conversion import expand
 from .evaluation import Perplexity, perplexity
@@ -17,7 +18,7 @@ from .serialization import load
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "GBLM", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
+    "GBLM", "KeepMasksCallback", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
     "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model",
     "register",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from .atomic import replaced_folder
 from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
+from .model_card import card_of, write_card
 from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
-from .serialization import FOLDER, STATE, PruningState, is_replaced, settle
+from .serialization import FOLDER, SOURCE, STATE, PruningState, hub_arguments, is_replaced, settle
 
 
 logger = logging.get_logger(__name__)
@@ -75,6 +77,8 @@ class PruningMixin:
             self.hf_quantizer = None
             self.is_quantized = False
             del self.config.quantization_config
+        if state and state.report:
+            report.base_model = state.report.base_model
         _attach(self, PruningState(new_masks, config.to_dict(), report))
         return report
 
@@ -96,7 +100,8 @@ class PruningMixin:
 
 
 def install() -> None:
-    """Gives `PreTrainedModel` the public names of `PruningMixin`, and lets `save_pretrained` write the masks. Idempotent.
+    """Gives `PreTrainedModel` the public names of `PruningMixin`, and lets its `save_pretrained` and `push_to_hub` write masks and
+    card; `from_pretrained` remembers of which revision it read a pruned model. Idempotent.
 
     `HF_PRUNE_NO_PATCH=1` in the environment prevents it; `prune_model` works without.
     """
@@ -105,7 +110,8 @@ def install() -> None:
     for name, value in vars(PruningMixin).items():
         if not name.startswith("_") and not hasattr(PreTrainedModel, name):
             setattr(PreTrainedModel, name, value)
-    original = PreTrainedModel.save_pretrained
+    original, original_push = PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub
+    original_load = PreTrainedModel.from_pretrained.__func__
 
     @functools.wraps(original)
     def save_pretrained(
@@ -119,31 +125,66 @@ def install() -> None:
         if not state or not is_main_process or os.path.isfile(save_directory):
             return original(self, save_directory, *args, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+        token, tags = kwargs.get("token"), kwargs.pop("tags", None)
+        repo = _repository(hub.pop("repo_id", None) or Path(save_directory).resolve().name, token, hub) if push_to_hub else None
+        old = card_of(str(save_directory))
+        if old is None and push_to_hub:
+            old = card_of(repo, token=token, revision=hub.get("revision"))
         with replaced_folder(save_directory, functools.partial(is_replaced, variant=kwargs.get("variant"))) as fresh:
             result = original(self, fresh, *args, **kwargs)
             if compact:
                 compress(fresh, fresh / FOLDER, state.masks)
             state.save(fresh)
+            if state.report:
+                base = card_of(self.config._name_or_path, token=token, local_files_only=not push_to_hub)
+                tags = [*(tags or []), *(getattr(self, "model_tags", None) or [])]
+                write_card(fresh, state.report, old=old, base=base, tags=tags)
             made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]
-        if push_to_hub:
-            _push(save_directory, made, kwargs.get("token"), **hub)
+        return _upload(save_directory, repo, made, kwargs.get("variant"), token, hub) if push_to_hub else result
+
+    @functools.wraps(original_push)
+    def push_to_hub(self, repo_id: str, *args, **kwargs):
+        """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
+        `save_pretrained`."""
+        if STATE not in self.__dict__ and getattr(self.config, "pruning_config", None) is None or not _state_to_save(self):
+            return original_push(self, repo_id, *args, **kwargs)
+        if args:
+            raise TypeError("push_to_hub of a pruned model takes all arguments but repo_id by name.")
+        kwargs.pop("use_temp_dir", None)
+        with tempfile.TemporaryDirectory() as folder:
+            return self.save_pretrained(Path(folder) / "model", push_to_hub=True, repo_id=repo_id, **kwargs)
+
+    @functools.wraps(original_load)
+    def from_pretrained(cls, *args, **kwargs):
+        result = original_load(cls, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if getattr(model.config, "pruning_config", None) is not None:  # masks are read later, from the same revision
+            model.__dict__[SOURCE] = hub_arguments(kwargs)
         return result
 
     save_pretrained.hf_prune = True
-    PreTrainedModel.save_pretrained = save_pretrained
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub = save_pretrained, push_to_hub
 
 
 _HUB_ARGUMENTS = ("repo_id", "private", "revision", "commit_message", "commit_description", "create_pr")
 
 
-def _push(
-    folder: str | Path, names: list[str], token: Any, repo_id: str | None = None, private: bool | None = None, **commit: Any
-):
-    """One commit with what was saved."""
-    api = HfApi(token=token if isinstance(token, str) else None)
-    repo = api.create_repo(repo_id or Path(folder).resolve().name, private=private, exist_ok=True).repo_id
-    api.upload_folder(
-        repo_id=repo, folder_path=folder, allow_patterns=names, **{"commit_message": "Upload pruned model", **commit}
+def _repository(name: str, token: Any, hub: dict[str, Any]) -> str:
+    return HfApi().create_repo(name, token=token, private=hub.pop("private", None), exist_ok=True).repo_id
+
+
+def _upload(folder: str | Path, repo: str, names: list[str], variant: str | None, token: Any, hub: dict[str, Any]) -> Any:
+    """One commit with what was saved, and without the weights and masks that it replaces."""
+    api = HfApi()
+    revision = hub.get("revision")
+    if revision and not revision.startswith("refs/pr") and not hub.get("create_pr"):
+        api.create_branch(repo, branch=revision, token=token, exist_ok=True)
+    there = api.list_repo_files(repo, revision=revision, token=token)
+    stale = [name for name in there if is_replaced(name.split("/")[0], variant)]
+    hub = {"commit_message": "Upload pruned model", **{key: value for key, value in hub.items() if value is not None}}
+    return api.upload_folder(
+        repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=stale or None, token=token, **hub
     )
 
 

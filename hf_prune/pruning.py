@@ -137,6 +137,9 @@ def prune_model(
         gradient_seconds=gradient_seconds,
         peak_memory=peak(),
         skipped=skipped,
+        base_model=_base_of(model),
+        calibration=_described(calibration) if sequences else "",
+        versions={library.__name__: library.__version__ for library in (torch, transformers)},
     )
     for name, why in {
         **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
@@ -263,6 +266,19 @@ def _sequences(model: PreTrainedModel, config: PruningConfig, calibration: Any, 
         sampling=config.sampling,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def _base_of(model: PreTrainedModel) -> str | None:
+    """The Hub name that a model was loaded from, or the name of its folder."""
+    name = getattr(model.config, "_name_or_path", None) or None
+    return Path(name).name if name and Path(name).is_dir() else name
+
+
+def _described(calibration: Any) -> str:
+    """The data's name, if it has one: a file's without its folder, a Hub data set's."""
+    if isinstance(calibration, (str, Path)):
+        return Path(calibration).name if Path(calibration).exists() else str(calibration)
+    return str(getattr(getattr(calibration, "info", None), "dataset_name", None) or "")
 
 
 def _gradients(

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .evaluation import Perplexity
+
 
 @dataclass
 class LinearReport:
@@ -50,6 +52,11 @@ class PruningReport:
         tokens: calibration tokens used.
         skipped: name -> why it was left dense.
         peak_memory: bytes, highest resident set of the process meanwhile (or of the GPU's allocator); None if unknown.
+        base_model: Hub name (or folder name) of the dense model; set it where hf_prune cannot know.
+        calibration: what the calibration data was, in words; empty for ids and texts that came without a name.
+        versions: library -> version.
+        evaluations: what `add_perplexity` was told.
+        timings: what `add_timing` was told.
     """
 
     config: dict[str, Any]
@@ -63,6 +70,27 @@ class PruningReport:
     gradient_seconds: float = 0.0
     peak_memory: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    base_model: str | None = None
+    calibration: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+
+    def add_perplexity(self, dataset: str, pruned: Perplexity, dense: Perplexity | None = None) -> None:
+        """Remembers a perplexity that was measured, for the model card; replaces an earlier one on the same `dataset`.
+
+        Raises:
+            ValueError: dense and pruned were measured on different windows.
+        """
+        if dense and dataclasses.replace(dense, perplexity=0.0) != dataclasses.replace(pruned, perplexity=0.0):
+            raise ValueError(f"dense and pruned perplexity do not compare: {dense} against {pruned}.")
+        self.evaluations = [known for known in self.evaluations if known["dataset"] != dataset]
+        entry = {"dataset": dataset, **dataclasses.asdict(pruned)}
+        self.evaluations.append({**entry, "dense": None if dense is None else dense.perplexity})
+
+    def add_timing(self, what: str, dense_seconds: float, pruned_seconds: float, machine: str) -> None:
+        """Remembers a latency that was measured, for the model card, such as "decode, batch 1" on "H200, torch 2.13"."""
+        self.timings.append({"what": what, "dense": dense_seconds, "pruned": pruned_seconds, "machine": machine})
 
     @property
     def linears(self) -> list[LinearReport]:

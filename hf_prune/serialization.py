@@ -145,7 +145,7 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     """
     if on_mismatch not in ON_MISMATCH:
         raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    hub = hub_arguments(kwargs)
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     state = None
     if getattr(config, "pruning_config", None) is not None:
@@ -155,7 +155,7 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
             if on_mismatch != "drop":
                 raise
     if state and state.compact:
-        model = _load_compact(name_or_path, state, config, hub, kwargs)
+        model = _load_compact(name_or_path, state, hub, kwargs)
     else:
         if state and Path(name_or_path).is_dir() and on_mismatch == "error":
             state.check_files(Path(name_or_path))
@@ -164,16 +164,20 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     return model
 
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `kwargs` that say where on the Hub, the revision as a plain commit if it is known."""
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    if hub.get("revision") is not None:
+        hub["revision"] = getattr(hub["revision"], "resolved", hub["revision"])
+    return hub
 
 
 def _load_compact(
-    name_or_path: str | Path, state: PruningState, config: Any, hub: dict[str, Any], kwargs: dict[str, Any]
+    name_or_path: str | Path, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     folder = Path(name_or_path)
     if not folder.is_dir():
-        at = {**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", f"{FOLDER}/*"], **at))
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", f"{FOLDER}/*"], **hub))
     state.check_files(folder)
     with as_ordinary(folder, state.masks):
         model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k not in hub})
@@ -200,7 +204,7 @@ def settle(
         return None
     problem = ""
     try:
-        state = state or _read(config, **hub)
+        state = state or _read(config, **{**model.__dict__.get(SOURCE, {}), **hub})
         if violations := state.masks.violations(model):
             name, count = next(iter(violations.items()))
             problem = (
@@ -227,7 +231,7 @@ def settle(
     return state
 
 
-STATE = "_hf_prune_state"  # the instance attribute
+STATE, SOURCE = "_hf_prune_state", "_hf_prune_source"  # attributes of an instance
 
 
 def _read(config: Any, **hub: Any) -> PruningState:

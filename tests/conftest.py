@@ -1,9 +1,16 @@
-"""Tiny random models by family, seeded, without a network."""
+"""Tiny random models by family, seeded; a Hub on localhost, and no other network."""
 
 import os
+import tempfile
+
+from hub_server import TOKEN, Hub
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+HUB = Hub()  # before huggingface_hub reads where the Hub is
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.update(
+    HF_ENDPOINT=HUB.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=tempfile.mkdtemp()
+)
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
@@ -66,6 +73,14 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 
 def same(model, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub on localhost, where huggingface_hub looks; `hub.fault` makes it fail."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture

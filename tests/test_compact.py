@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, ids_for, make, same, snapshot
+from conftest import FAMILIES, make, same, snapshot
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -14,9 +14,9 @@ LEVELS = [
     {"methods"},
     {"calibration", "gradients", "report", "journal", "sequential", "evaluation"},
     {"config", "pruning"},
-    {"compact", "serialization", "conversion", "mixin", "metric", "cli"},
+    {"compact", "serialization", "model_card", "callbacks", "conversion", "mixin", "metric", "cli"},
 ]
-WITHIN_LEVEL = {("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):

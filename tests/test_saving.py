@@ -21,6 +21,7 @@ def test_folder_is_ordinary(tmp_path):
     model = pruned(pattern="2:4")
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith("generation")) == [
+        "README.md",
         "config.json",
         "model.safetensors",
         "pruning",

@@ -1,0 +1,311 @@
+"""Model cards: what was pruned, how, and what was measured, as a section of README.md between two markers.
+
+Everything in the section comes from the report; what was not measured is said to be so. Outside of the markers a card belongs
+to its owner: saving again replaces the section and our keys of the metadata, and leaves the rest as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from transformers.utils import logging
+from yaml import YAMLError
+
+from .masks import MASK_FILE
+from .methods.base import REGISTRY
+from .report import PruningReport
+from .serialization import FOLDER, is_weight_file
+
+
+logger = logging.get_logger(__name__)
+
+CARD = "README.md"
+BEGIN = "<!-- hf_prune:begin, replaced when the model is saved; write above or below -->"
+END = "<!-- hf_prune:end -->"
+
+_SECTION = re.compile(r"<!-- hf_prune:begin.*?hf_prune:end -->", re.S)
+_TITLES = {"sparsegpt": "SparseGPT", "gblm": "GBLM", "ria": "RIA", "wanda": "Wanda"}
+
+
+def write_card(folder: Path, report: PruningReport, *, old: str | None, base: str | None, tags: Sequence[str] = ()) -> None:
+    """Writes README.md for the weights that are in `folder` by now; see `render`.
+
+    A card whose metadata nobody can read is left as it is, with a warning: it is no reason not to save a model.
+    """
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    sizes = {name: path.stat().st_size for path in files if is_weight_file(name := path.relative_to(folder).as_posix())}
+    sizes[MASK_FILE] = (folder / FOLDER / MASK_FILE).stat().st_size
+    try:
+        text = render(report, sizes, old, base, tags)
+    except (ValueError, TypeError, YAMLError) as error:
+        logger.warning(f"{CARD} is left as it was, its metadata cannot be read: {error}")
+        return
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def render(
+    report: PruningReport,
+    sizes: dict[str, int],
+    old: str | None = None,
+    base: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The text of a README.md.
+
+    Args:
+        sizes: bytes of each file with weights or masks, by name.
+        old: the card that is there already; what its owner wrote stays.
+        base: the card of the dense model, whose license is carried over.
+        tags: more tags.
+
+    Raises:
+        ValueError: the metadata of `old` is no YAML.
+    """
+    section = f"{BEGIN}\n\n{_section(report, sizes)}\n\n{END}"
+    if old is None or not old.strip():
+        card = ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {_title(report)}\n\n{section}\n")
+    else:
+        card = ModelCard(old)
+        text = card.text
+        known = _SECTION.search(text)
+        card.text = text[: known.start()] + section + text[known.end() :] if known else f"{text.rstrip()}\n\n{section}\n"
+    _describe(card.data, report, base, tags)
+    return str(card)
+
+
+def _describe(data: ModelCardData, report: PruningReport, base: str | None, more: Sequence[str]) -> None:
+    """Our keys of the metadata; a license, a name and other results that the owner put there stay."""
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    pattern = report.config["pattern"]
+    tags = ["pruned", "sparse", "hf_prune", report.config["method"], *([pattern] if ":" in pattern else []), *more]
+    data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
+    if report.base_model:
+        if "/" in report.base_model and not Path(report.base_model).is_absolute():
+            data.base_model = data.base_model or report.base_model
+            data.base_model_relation = getattr(data, "base_model_relation", None) or "finetune"
+    if base is not None:
+        source = ModelCard(base, ignore_metadata_errors=True).data
+        for key in ("license", "license_name", "license_link", "language"):
+            if getattr(data, key, None) is None and getattr(source, key, None) is not None:
+                setattr(data, key, getattr(source, key))
+    results = [_result(evaluation) for evaluation in report.evaluations]
+    names = {result.dataset_name for result in results}
+    others = [
+        known
+        for known in data.eval_results or []
+        if not (known.metric_type == "perplexity" and (known.dataset_name in names or known.metric_name == _METRIC))
+    ]
+    if results or others:
+        data.model_name = data.model_name or _title(report)
+        data.eval_results = [*others, *results]
+
+
+_METRIC = "perplexity, measured by hf_prune"
+
+
+def _result(evaluation: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=re.sub(r"[^a-z0-9]+", "_", evaluation["dataset"].lower()).strip("_"),
+        dataset_name=evaluation["dataset"],
+        dataset_args={key: evaluation[key] for key in ("sequence_length", "stride", "windows", "tokens")},
+        metric_type="perplexity",
+        metric_name=_METRIC,
+        metric_value=evaluation["perplexity"],
+    )
+
+
+def _name(report: PruningReport) -> str:
+    return Path(report.base_model).name if report.base_model else report.model
+
+
+def _pattern(report: PruningReport) -> str:
+    pattern = report.config["pattern"]
+    return pattern if ":" in pattern else f"{report.sparsity:.0%}"
+
+
+def _title(report: PruningReport) -> str:
+    method = report.config["method"]
+    return f"{_name(report)}, pruned to {_pattern(report)} with {_TITLES.get(method, method)}"
+
+
+def _section(report: PruningReport, sizes: dict[str, int]) -> str:
+    parts = {
+        "How it was pruned": _how(report),
+        "Quality": _quality(report),
+        "Size": _size(sizes),
+        "Speed": _speed(report),
+        "Block by block": _picture(report),
+        "Limits": _limits(report),
+        "Load it": _load(_is_compact(sizes)),
+        "Make it again": _again(report),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _how(report: PruningReport) -> str:
+    config = report.config
+    method = REGISTRY.get(config["method"])
+    paper = f" ({method.paper})" if method and method.paper else ""
+    options = ", ".join(f"{key}={value!r}" for key, value in config.get("method_options", {}).items())
+    rows = [
+        ("base model", report.base_model or report.model),
+        ("method", _TITLES.get(config["method"], config["method"]) + paper),
+        ("options", options),
+        ("pattern", _pattern(report) + (f", {config['overrides']}" if config.get("overrides") else "")),
+        ("compared within", config.get("comparison_group") or ""),
+        ("propagate", config.get("propagate") or "" if report.tokens else ""),
+        ("left dense", ", ".join(config.get("exclude", []))),
+        ("sparsity of the pruned linears", f"{report.sparsity:.4f}"),
+        ("sparsity of all parameters", f"{report.model_sparsity:.4f}"),
+        ("calibration", _calibration(report)),
+        ("time", f"{report.seconds:.1f} s" if report.seconds else ""),
+        ("peak memory", f"{report.peak_memory / 2**30:.2f} GiB" if report.peak_memory else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
+    ]
+    notes: dict[str, int] = {}
+    for why in [*report.skipped.values(), *report.notes.values()]:
+        notes[why] = notes.get(why, 0) + 1
+    rows += [(f"{count} linear{'s' if count > 1 else ''}", why) for why, count in notes.items()]
+    return _table(("", ""), [row for row in rows if row[1]])
+
+
+def _calibration(report: PruningReport) -> str:
+    if not report.tokens:
+        return "no data"
+    name = f"{report.calibration}, " if report.calibration else ""
+    config = report.config
+    return f"{name}{report.sequences} sequences, {report.tokens} tokens, sampling {config['sampling']}, seed {config['seed']}"
+
+
+def _quality(report: PruningReport) -> str:
+    if not report.evaluations:
+        return "Not measured."
+    rows = [
+        (e["dataset"], "-" if e["dense"] is None else f"{e['dense']:.2f}", f"{e['perplexity']:.2f}", str(e["tokens"]),
+         f"{e['windows']} of {e['sequence_length']}, stride {e['stride']}{', BOS each' if e['bos'] else ''}")
+        for e in report.evaluations
+    ]  # fmt: skip
+    table = _table(("perplexity on", "dense", "pruned", "tokens predicted", "windows"), rows)
+    return f"{table}\n\nPerplexities compare only with others of the same text and windows. Nothing else was measured."
+
+
+def _size(sizes: dict[str, int]) -> str:
+    def megabytes(names: list[str]) -> str:
+        return f"{sum(sizes[name] for name in names) / 1e6:.1f} MB"
+
+    masks = [MASK_FILE]
+    weights = [name for name in sizes if name not in masks]
+    if _is_compact(sizes):
+        return f"Compact: weights {megabytes(weights)}, masks {megabytes(masks)}. `hf-prune expand` writes the ordinary form."
+    return (
+        f"Weights {megabytes(weights)}, as many as of the dense model: zeros are stored like other numbers. "
+        f"Masks {megabytes(masks)}. `save_pretrained(folder, compact=True)` leaves the zeros out."
+    )
+
+
+def _is_compact(sizes: dict[str, int]) -> bool:
+    return any(name.startswith(f"{FOLDER}/") for name in sizes)
+
+
+def _speed(report: PruningReport) -> str:
+    if not report.timings:
+        return "Not measured. Zeros alone make nothing faster in PyTorch; see the limits."
+    rows = [(t["what"], f"{t['dense'] * 1e3:.2f} ms", f"{t['pruned'] * 1e3:.2f} ms", t["machine"]) for t in report.timings]
+    return _table(("", "dense", "pruned", "machine"), rows)
+
+
+def _picture(report: PruningReport) -> str:
+    """Bars: sparsity from 0 to 1, and the error of the block's output from 0 to the largest."""
+    errors = [block.error for block in report.blocks if block.error is not None]
+    largest = max(errors, default=0.0)
+    lines = [f"{'block':<6} {'sparsity':<23} {'change of the output' if errors else ''}".rstrip()]
+    for i, block in enumerate(report.blocks):
+        line = f"{i:<6} "
+        line += f"{_bar(block.sparsity, 1.0):<16} {block.sparsity:.3f}  " if block.sparsity is not None else f"{'-':<24}"
+        if block.error is not None and largest:
+            line += f"{_bar(block.error, largest):<16} {block.error:.3f}"
+        lines.append(line.rstrip())
+    note = (
+        "The change is ||pruned - dense|| / ||dense|| of a block's output, on one calibration sequence that reached the block "
+        "through the pruned blocks before it."
+    )
+    return "```\n" + "\n".join(lines) + "\n```" + (f"\n\n{note}" if errors else "")
+
+
+def _bar(value: float, largest: float, width: int = 16) -> str:
+    eighths = round(8 * width * value / largest)
+    return "\u2588" * (eighths // 8) + ("", *"\u258f\u258e\u258d\u258c\u258b\u258a\u2589")[eighths % 8]
+
+
+def _limits(report: PruningReport) -> str:
+    lines = [
+        "Pruning loses knowledge, and rare knowledge first: try the model on your own task before relying on it.",
+        "What the dense model gets wrong, this one does as well; its license and its limits apply.",
+    ]
+    if report.config["pattern"] == "2:4":
+        lines.append("2:4 zeros can use NVIDIA's sparse tensor cores, which pays for prompts and large batches.")
+    else:
+        lines.append("No common runtime is faster with these zeros; they make files smaller, if stored compact.")
+    if report.tokens:
+        lines.append("One calibration set and one seed: other text gives other masks.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _load(compact: bool) -> str:
+    plain = "" if compact else "\n\n`AutoModelForCausalLM.from_pretrained` loads it as well, also without hf_prune."
+    return f"""```python
+import hf_prune
+
+model = hf_prune.load("THIS_REPOSITORY")  # checks weights and masks
+```{plain}"""
+
+
+def _again(report: PruningReport) -> str:
+    shown = {
+        key: value
+        for key, value in report.config.items()
+        if value not in (None, [], {}, ["*"]) and (key != "sparsity" or report.config["pattern"] == "unstructured")
+    }
+    arguments = "\n".join(f"    {key}={value!r}," for key, value in shown.items())
+    data = f"calibration={report.calibration or 'your texts'!r}, tokenizer=tokenizer" if report.tokens else ""
+    name = report.base_model or "the dense model"
+    return f"""```python
+import hf_prune
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({name!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+config = hf_prune.PruningConfig(
+{arguments}
+)
+model.prune(config{", " + data if data else ""})
+```"""
+
+
+def card_of(name: str | None, *, token: Any = None, revision: str | None = None, local_files_only: bool = False) -> str | None:
+    """README.md of a model folder or of a repository; None where there is none, or nobody to ask."""
+    if not name:
+        return None
+    if Path(name).is_dir():
+        path = Path(name) / CARD
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        path = hf_hub_download(name, CARD, token=token, revision=revision, local_files_only=local_files_only)
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        logger.info(f"no card of {name}: {error}")
+        return None
+    return Path(path).read_text(encoding="utf-8")

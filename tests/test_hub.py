@@ -1,0 +1,262 @@
+"""Push and pull over HTTP, against the Hub of `hub_server`; model cards."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_prune
+from hf_prune import KeepMasksCallback, Perplexity, PruningConfig
+
+
+def pruned(seed=0, pattern="2:4"):
+    model = make("llama", seed)
+    model.prune(PruningConfig(pattern=pattern, n_samples=6, sequence_length=24), ids_for())
+    return model
+
+
+def logits(model):
+    return model(input_ids=torch.arange(5)[None]).logits
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_push_and_pull(hub, tmp_path, way, compact):
+    model = pruned()
+    name = f"{way.replace('_', '-')}-{compact}".lower()
+    if way == "push_to_hub":
+        info = model.push_to_hub(name, compact=compact, max_shard_size="60KB", commit_message="mine")
+        assert info.oid == hub.commits(f"tester/{name}")[-1]
+    else:
+        model.save_pretrained(tmp_path / name, push_to_hub=True, compact=compact, max_shard_size="60KB")
+    repo = f"tester/{name}"
+    assert len(hub.commits(repo)) == 2  # one beside that of the empty repository
+    assert {"README.md", "config.json", "pruning/masks.safetensors", "model.safetensors.index.json"} <= set(hub.files(repo))
+    again = hf_prune.load(repo, dtype="auto")
+    assert torch.equal(logits(again), logits(model)) and again.config._name_or_path == repo
+    assert again.pruning_masks.digest() == model.pruning_masks.digest()
+    if compact:
+        with pytest.raises(OSError, match=r"load_with_hf_prune.load"):
+            AutoModelForCausalLM.from_pretrained(repo)
+        return
+    plain = AutoModelForCausalLM.from_pretrained(repo)
+    assert torch.equal(logits(plain), logits(model)) and plain.pruning_masks.digest() == model.pruning_masks.digest()
+    if way == "push_to_hub":
+        code = (
+            "import sys, torch; sys.modules['hf_prune'] = None\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f"m = AutoModelForCausalLM.from_pretrained({repo!r})\n"
+            f"torch.save(m(input_ids=torch.arange(5)[None]).logits, {str(tmp_path / 'logits.pt')!r})"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
+
+
+def test_a_revision_has_its_own_masks(hub):
+    first, second = pruned(), pruned(seed=1, pattern="1:4")
+    first.push_to_hub("two")
+    second.push_to_hub("two", compact=True)
+    _, old, new = hub.commits("tester/two")
+    for revision, model in ((old, first), (new, second), ("main", second)):
+        again = hf_prune.load("tester/two", revision=revision)
+        assert same(again, snapshot(model)) and again.pruning_masks.digest() == model.pruning_masks.digest()
+    assert (
+        AutoModelForCausalLM.from_pretrained("tester/two", revision=old).pruning_masks.patterns[
+            "model.layers.0.mlp.up_proj.weight"
+        ]
+        == "2:4"
+    )
+    assert "model.safetensors" not in hub.files("tester/two")  # what the second push replaces is gone
+
+
+def test_a_damaged_repository_is_an_error(hub):
+    pruned().push_to_hub("bad")
+    files = hub.files("tester/bad")
+    files["pruning/masks.safetensors"] = files["pruning/masks.safetensors"][:-9]
+    with pytest.raises(ValueError, match=r"masks.safetensors"):
+        hf_prune.load("tester/bad")
+    del files["pruning/masks.safetensors"]
+    hub.repos["tester/bad"].append(("f" * 40, files))
+    with pytest.raises(ValueError, match="not found"):
+        hf_prune.load("tester/bad")
+    with pytest.raises(OSError, match="tester/none"):
+        hf_prune.load("tester/none")
+
+
+@pytest.mark.parametrize("fault", [401, 403, 404, 409, 500, "drop"])
+@pytest.mark.parametrize("where", ["/lfs/", "/commit/", "/preupload/"])
+def test_a_failed_push_leaves_the_old_commit(hub, monkeypatch, where, fault):
+    pruned().push_to_hub("repo")
+    before = hub.repos["tester/repo"][:]
+    model = pruned(seed=1)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault = lambda method, path: fault if where in path and method != "GET" else None
+    with pytest.raises(Exception) as error:
+        model.push_to_hub("repo")
+    assert (
+        isinstance(error.value, (HfHubHTTPError, OSError, RuntimeError))
+        or "Connection" in repr(error.value)
+        or "httpx" in repr(type(error.value))
+    )
+    assert hub.repos["tester/repo"] == before
+    hub.fault = None
+    model.push_to_hub("repo")
+    assert same(hf_prune.load("tester/repo"), snapshot(model))
+
+
+def test_one_dropped_connection(hub):
+    """In the middle of the body, once: the push goes through, or the next one does, and no commit is half."""
+    model = pruned()
+    dropped = []
+
+    def once(method, path):
+        if method == "PUT" and not dropped:
+            dropped.append(path)
+            return "drop"
+
+    hub.fault = once
+    try:
+        model.push_to_hub("once")
+    except Exception:
+        assert len(hub.commits("tester/once")) == 1
+        model.push_to_hub("once")
+    assert dropped and len(hub.commits("tester/once")) == 2
+    assert same(hf_prune.load("tester/once"), snapshot(model))
+
+
+def test_without_a_token(hub, monkeypatch):
+    with pytest.raises(HfHubHTTPError, match="401"):
+        pruned().push_to_hub("mine", token="hf_wrong")
+    assert not hub.repos
+
+
+def test_branches_and_dense_models(hub):
+    make("llama").push_to_hub("dense")
+    assert hf_prune.load("tester/dense").pruning_masks is None
+    with pytest.raises(TypeError, match="by name"):
+        pruned().push_to_hub("x", "a message")
+
+
+def test_card(tmp_path):
+    model = pruned()
+    report = model.pruning_report
+    report.base_model = "someone/tiny-llama"
+    dense, sparse = (Perplexity(p, 1000, 10, 101, 101, False) for p in (12.345, 45.678))
+    report.add_perplexity("Some text", sparse, dense)
+    with pytest.raises(ValueError, match="do not compare"):
+        report.add_perplexity("Some text", sparse, Perplexity(1.0, 5, 1, 6, 6, False))
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "someone/tiny-llama" and card.data.library_name == "transformers"
+    assert {"pruned", "wanda", "2:4"} <= set(card.data.tags)
+    (result,) = card.data.eval_results
+    assert result.metric_value == 45.678 and result.dataset_name == "Some text"
+    for part in ("| 12.35 | 45.68 |", "2306.11695", "Not measured.", "144 tokens", "seed 0", "hf_prune.load", "pattern='2:4'"):
+        assert part in card.text, part
+    again = hf_prune.load(tmp_path)
+    assert again.pruning_report.evaluations == report.evaluations
+
+
+def test_edits_survive(tmp_path):
+    model = pruned()
+    model.pruning_report.add_perplexity("Some text", Perplexity(45.678, 1000, 10, 101, 101, False))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    text = path.read_text().replace("\n---\n\n#", "\nlicense: mit\nlanguage: en\n---\n\nMy own introduction.\n\n#")
+    text = text.replace("<!-- hf_prune:begin", "And a word before.\n\n<!-- hf_prune:begin") + "\nAnd after.\n"
+    path.write_text(text.replace("- pruned\n", "- pruned\n- mine\n"))
+    model.pruning_report.add_perplexity("Some text", Perplexity(50.0, 1000, 10, 101, 101, False))
+    model.save_pretrained(tmp_path, compact=True)
+    card = ModelCard.load(path)
+    for words in ("My own introduction.", "And a word before.", "And after."):
+        assert card.text.count(words) == 1
+    assert card.text.count("hf_prune:begin") == 1 and "Compact: weights" in card.text
+    assert card.data.license == "mit" and "mine" in card.data.tags
+    assert [r.metric_value for r in card.data.eval_results] == [50.0]
+    first = path.read_text()
+    model.save_pretrained(tmp_path, compact=True)
+    assert path.read_text() == first
+
+
+def test_a_card_without_our_section_gets_it_at_the_end(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n\nText.\n")
+    pruned().save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text.strip()
+    assert text.startswith("# Mine\n\nText.\n\n<!-- hf_prune:begin") and text.endswith("hf_prune:end -->")
+
+
+def test_a_broken_card_does_not_stop_a_save(tmp_path):
+    broken = "---\nlicense: [\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(broken)
+    pruned().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == broken
+    hf_prune.load(tmp_path)
+
+
+def test_license_of_the_base(hub, tmp_path):
+    make("llama").push_to_hub("base")
+    files = hub.files("tester/base")
+    files["README.md"] = b"---\nlicense: llama3.1\nlanguage:\n- de\n---\n# base\n"
+    hub.repos["tester/base"].append(("e" * 40, files))
+    model = AutoModelForCausalLM.from_pretrained("tester/base")
+    model.prune(PruningConfig(method="magnitude"))
+    model.push_to_hub("sparse")
+    data = ModelCard(hub.files("tester/sparse")["README.md"].decode()).data
+    assert data.license == "llama3.1" and data.language == ["de"] and data.base_model == "tester/base"
+    # ... and from there, edited on the Hub, on to the next
+    files = hub.files("tester/sparse")
+    files["README.md"] = files["README.md"].replace(b"# base", b"# Ours")
+    hub.repos["tester/sparse"].append(("d" * 40, files))
+    again = hf_prune.load("tester/sparse")
+    again.prune(PruningConfig(method="magnitude", pattern="1:4"))
+    again.push_to_hub("sparse")
+    data = ModelCard(hub.files("tester/sparse")["README.md"].decode()).data
+    assert data.license == "llama3.1" and data.base_model == "tester/base" and "1:4" in data.tags
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_trainer_pushes_masks_and_card(hub, tmp_path, strategy):
+    model = pruned()
+    args = TrainingArguments(
+        tmp_path / "out", push_to_hub=True, hub_strategy=strategy, hub_model_id=f"tester/{strategy}", max_steps=4, save_steps=2,
+        report_to=[], use_cpu=True, learning_rate=1e-2, weight_decay=0.1, hub_always_push=True,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in ids_for(16)]
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[KeepMasksCallback()])
+    before = snapshot(model)
+    trainer.train()
+    assert not same(model, before)
+    if strategy == "end":
+        trainer.push_to_hub()
+    trainer._finish_current_push()
+    repo = f"tester/{strategy}"
+    again = hf_prune.load(repo)
+    assert same(again, snapshot(model)) and not again.pruning_masks.violations(again)
+    text = hub.files(repo)["README.md"].decode()
+    assert "hf_prune:begin" in text and "2:4" in ModelCard(text).data.tags
+    if strategy == "end":
+        assert "Training hyperparameters" in text
+    else:
+        assert len(hub.commits(repo)) >= 3
+        hf_prune.load(repo, revision=hub.commits(repo)[-2])
+    assert hf_prune.load(tmp_path / "out").pruning_masks
+
+
+def test_keep_masks_needs_masks(tmp_path):
+    trainer = Trainer(
+        make("llama"), TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True),
+        train_dataset=[{"input_ids": ids, "labels": ids} for ids in ids_for(4)], callbacks=[KeepMasksCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="has no masks"):
+        trainer.train()
+
+
+def test_nothing_but_localhost(hub):
+    assert HfApi().endpoint == hub.url
+    assert json.dumps(hub.requests) == "[]"
