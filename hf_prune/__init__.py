@@ -2,7 +2,6 @@
 
 from .blocks import Decoder, Linear
 from .calibration import calibration_sequences
-from .callbacks import KeepMasksCallback
 from .config import PruningConfig
 from .conversion import expand
 from .evaluation import Perplexity, perplexity
@@ -24,3 +23,11 @@ __all__ = [
 ]  # fmt: skip
 
 install()
+
+
+def __getattr__(name: str):
+    if name == "KeepMasksCallback":  # Trainer's modules take seconds to import
+        from .callbacks import KeepMasksCallback
+
+        return KeepMasksCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
