@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-legacy style quality bench
+.PHONY: demo test test-legacy style quality bench cards
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,3 +31,6 @@ quality: $(VENV)/ready
 
 bench: $(VENV)/ready  ## each method against one plain forward of the same calibration batches
 	$(VENV)/bin/python benchmarks/speed.py
+
+cards: $(VENV)/ready  ## the cards in model_cards/, from real runs, about five minutes
+	$(VENV)/bin/python model_cards/make.py

@@ -28,7 +28,7 @@ class KeepMasksCallback(TrainerCallback):
         self._pruned: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _keep_section_in_trainer_cards()
+        _pushes_take_masks_along()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         known = settle(model)
@@ -45,34 +45,39 @@ class KeepMasksCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pruned = []
 
-    def on_push_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Trainer copies the weights of its newest checkpoint beside the older ones; masks and card follow them."""
-        checkpoint, output = Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)
-        if not (checkpoint / FOLDER).is_dir() or not state.is_world_process_zero:
-            return
-        shutil.copytree(checkpoint / FOLDER, output / FOLDER, dirs_exist_ok=True)
-        known = model.__dict__.get(STATE)
-        if known and known.report:
-            write_card(checkpoint, known.report, old=card_of(str(output)), base=card_of(str(checkpoint)))
-            shutil.copy2(checkpoint / CARD, output / CARD)
 
-
-def _keep_section_in_trainer_cards() -> None:
-    """Trainer writes a card of its own at the end; the section about pruning is added to it."""
+def _pushes_take_masks_along() -> None:
+    """Trainer copies known names from a checkpoint before it pushes, and writes a card of its own at the end: here our folder
+    is copied too, and our section is added to that card. Models without masks see no difference."""
     from transformers import Trainer
 
-    original = Trainer.create_model_card
-    if hasattr(original, "hf_prune"):
+    push, write = Trainer._push_from_checkpoint, Trainer.create_model_card
+    if hasattr(write, "hf_prune"):
         return
 
-    @functools.wraps(original)
+    @functools.wraps(push)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        output, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+        if (checkpoint / FOLDER).is_dir() and self.is_world_process_zero():
+            shutil.copytree(checkpoint / FOLDER, output / FOLDER, dirs_exist_ok=True)
+            _write_card(self.model, checkpoint, old=card_of(str(output)), base=None)
+            if (checkpoint / CARD).exists():
+                shutil.copy2(checkpoint / CARD, output / CARD)
+        push(self, checkpoint_folder)
+
+    @functools.wraps(write)
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(self.args.output_dir)
         before = card_of(str(folder))
-        original(self, *args, **kwargs)
-        known = self.model.__dict__.get(STATE)
-        if known and known.report and self.is_world_process_zero():
-            write_card(folder, known.report, old=card_of(str(folder)), base=before)
+        write(self, *args, **kwargs)
+        if self.is_world_process_zero():
+            _write_card(self.model, folder, old=card_of(str(folder)), base=before)
 
     create_model_card.hf_prune = True
-    Trainer.create_model_card = create_model_card
+    Trainer._push_from_checkpoint, Trainer.create_model_card = _push_from_checkpoint, create_model_card
+
+
+def _write_card(model: Any, folder: Path, old: str | None, base: str | None) -> None:
+    known = model.__dict__.get(STATE)
+    if known and known.report and (folder / FOLDER).is_dir():
+        write_card(folder, known.report, old=old, base=base)

@@ -38,8 +38,7 @@ def write_card(folder: Path, report: PruningReport, *, old: str | None, base: st
     A card whose metadata nobody can read is left as it is, with a warning: it is no reason not to save a model.
     """
     files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
-    sizes = {name: path.stat().st_size for path in files if is_weight_file(name := path.relative_to(folder).as_posix())}
-    sizes[MASK_FILE] = (folder / FOLDER / MASK_FILE).stat().st_size
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     try:
         text = render(report, sizes, old, base, tags)
     except (ValueError, TypeError, YAMLError) as error:
@@ -58,7 +57,7 @@ def render(
     """The text of a README.md.
 
     Args:
-        sizes: bytes of each file with weights or masks, by name.
+        sizes: bytes of the safetensors files, by their names relative to the model folder.
         old: the card that is there already; what its owner wrote stays.
         base: the card of the dense model, whose license is carried over.
         tags: more tags.
@@ -205,8 +204,8 @@ def _size(sizes: dict[str, int]) -> str:
     def megabytes(names: list[str]) -> str:
         return f"{sum(sizes[name] for name in names) / 1e6:.1f} MB"
 
-    masks = [MASK_FILE]
-    weights = [name for name in sizes if name not in masks]
+    masks = [f"{FOLDER}/{MASK_FILE}"]
+    weights = [name for name in sizes if is_weight_file(name)]
     if _is_compact(sizes):
         return f"Compact: weights {megabytes(weights)}, masks {megabytes(masks)}. `hf-prune expand` writes the ordinary form."
     return (
@@ -216,7 +215,7 @@ def _size(sizes: dict[str, int]) -> str:
 
 
 def _is_compact(sizes: dict[str, int]) -> bool:
-    return any(name.startswith(f"{FOLDER}/") for name in sizes)
+    return any(name.startswith(f"{FOLDER}/") and is_weight_file(name) for name in sizes)
 
 
 def _speed(report: PruningReport) -> str:

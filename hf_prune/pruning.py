@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ def prune_model(
         skipped=skipped,
         base_model=_base_of(model),
         calibration=_described(calibration) if sequences else "",
-        versions={library.__name__: library.__version__ for library in (torch, transformers)},
+        versions={name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")},
     )
     for name, why in {
         **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
