@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -28,7 +29,6 @@ from .masks import FORMAT_VERSION, Masks, bit_patterns, check_version
 
 SIGN = "COMPACT_FOLDER--load_with_hf_prune.load--or_make_ordinary_with--hf-prune_expand_FOLDER_OUT.safetensors"
 INDEX = "model.safetensors.index.json"
-VALUES = "values-*-of-*.safetensors"
 
 _FORMAT = "hf_prune.values"
 _PIECE = 1 << 18  # weights that are unpacked together: they stay in the cache
@@ -48,10 +48,12 @@ def compress(folder: Path, target: Path, masks: Masks) -> None:
     for i, shard in enumerate(tqdm(shards, desc="compact", unit="shard", disable=len(shards) == 1)):
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, list[int]] = {}
+        own: list[str] = []
         with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
+            shard_names = list(file.keys())
+            names += shard_names
+            for name in shard_names:
                 tensor = file.get_tensor(name)
-                names.append(name)
                 total += tensor.nbytes
                 values, bits = _kept(
                     tensor, masks.packed(name) if name in masks and masks.shape(name) == tensor.shape else None
@@ -60,8 +62,11 @@ def compress(folder: Path, target: Path, masks: Masks) -> None:
                 if values is not tensor:
                     shapes[name] = list(tensor.shape)
                 if bits is not None:
+                    own.append(name)
                     tensors[f"{name}:bits"] = bits
-        metadata = {"format": _FORMAT, "version": str(FORMAT_VERSION), "shapes": json.dumps(shapes)}
+        if len(tensors) != len(shard_names) + len(own):
+            raise ValueError("compact=True cannot save tensors whose names differ by ':bits' only.")
+        metadata = {"format": _FORMAT, "version": str(FORMAT_VERSION), "shapes": json.dumps(shapes), "bits": json.dumps(own)}
         save_file(tensors, target / f"values-{i + 1:05d}-of-{len(shards):05d}.safetensors", metadata)
         shard.unlink()
     index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(names, SIGN)}
@@ -117,32 +122,41 @@ def _positions(packed: numpy.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[
 class CompactFiles:
     """The weight files of a compact folder as one, with the interface of `safetensors.safe_open`.
 
+    Args:
+        paths: the files; others that lie beside them do not count.
+        masks: of the model.
+
     Raises:
         ValueError: not readable as compact files of this version, or not of these masks; a tensor tells when it is asked for.
     """
 
-    def __init__(self, folder: Path, masks: Masks, device: str | torch.device = "cpu"):
+    def __init__(self, paths: Iterable[Path], masks: Masks, device: str | torch.device = "cpu"):
         self._masks, self._device = masks, device
-        self._where: dict[str, tuple[Any, tuple[int, ...] | None, Path]] = {}
+        self._where: dict[str, _Place] = {}
+        self._open = contextlib.ExitStack()
         self.shards: dict[Path, list[str]] = {}
-        for path in sorted(folder.glob(VALUES)):
+        for path in sorted(paths):
             try:
-                file = safe_open(path, "pt")
+                file = self._open.enter_context(safe_open(path, "pt"))
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path} holds no values of hf_prune: its format is {metadata.get('format')!r}.")
                 check_version(path, metadata["version"])
                 shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+                own = set(json.loads(metadata["bits"]))
             except (SafetensorError, OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
                 raise ValueError(f"{path} cannot be read as compact weights of hf_prune: {error!r}.") from error
-            self.shards[path] = [name for name in file.keys() if not name.endswith(":bits")]  # noqa: SIM118
-            self._where.update({name: (file, shapes.get(name), path) for name in self.shards[path]})
+            self.shards[path] = [name for name in file.keys() if name.removesuffix(":bits") not in own or name in own]
+            for name in self.shards[path]:
+                if name in self._where:
+                    raise ValueError(f"{path} and {self._where[name].path} both hold {name}.")
+                self._where[name] = _Place(file, shapes.get(name), name in own, path)
 
     def __enter__(self) -> CompactFiles:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        pass
+        self._open.close()
 
     def keys(self) -> list[str]:
         return list(self._where)
@@ -152,14 +166,11 @@ class CompactFiles:
 
     def get_tensor(self, name: str) -> Tensor:
         """The dense tensor of that name."""
-        file, shape, path = self._where[name]
+        file, shape, own, path = self._where[name]
         values = file.get_tensor(name)
         if shape is not None:
             try:
-                own = f"{name}:bits" in file.keys()  # noqa: SIM118
                 packed = file.get_tensor(f"{name}:bits").numpy() if own else self._masks.packed(name)
-                if not own and self._masks.shape(name) != shape:
-                    raise ValueError(f"its mask has shape {self._masks.shape(name)}, not {shape}")
                 values = expanded(values, packed, shape)
             except (ValueError, KeyError) as error:
                 raise ValueError(f"{path} does not go with its masks: {name}: {error}.") from error
@@ -169,11 +180,18 @@ class CompactFiles:
         return _Slice(self, name)
 
     def shape(self, name: str) -> list[int]:
-        file, shape, _ = self._where[name]
-        return list(file.get_slice(name).get_shape() if shape is None else shape)
+        place = self._where[name]
+        return list(place.file.get_slice(name).get_shape() if place.shape is None else place.shape)
 
     def dtype(self, name: str) -> str:
-        return self._where[name][0].get_slice(name).get_dtype()
+        return self._where[name].file.get_slice(name).get_dtype()
+
+
+class _Place(NamedTuple):
+    file: Any
+    shape: tuple[int, ...] | None  # of a tensor that has to be expanded
+    own: bool  # has bits of its own
+    path: Path
 
 
 class _Slice:
@@ -192,18 +210,30 @@ class _Slice:
         return self._files.get_tensor(self._name)[index]
 
 
+_patching = threading.Lock()
+
+
 @contextlib.contextmanager
-def as_ordinary(folder: Path, masks: Masks) -> Iterator[None]:
-    """Within, Transformers reads the file `SIGN` in the compact `folder` as if it held all weights."""
-    original = modeling_utils.safe_open
+def as_ordinary(folder: Path, paths: list[Path], masks: Masks) -> Iterator[None]:
+    """Within, Transformers reads the file `SIGN` in the compact `folder` as if it held all weights; one thread at a time.
+
+    Raises:
+        ValueError: nobody asked for that file, so the weights that were loaded are others.
+    """
 
     def opened(path: str | os.PathLike, *args: Any, device: str | torch.device = "cpu", **kwargs: Any) -> Any:
-        if Path(path) == folder / SIGN:
-            return CompactFiles(folder / "pruning", masks, device)
-        return original(path, *args, device=device, **kwargs)
+        if Path(path) != folder / SIGN:
+            return original(path, *args, device=device, **kwargs)
+        asked.append(path)
+        return CompactFiles(paths, masks, device)
 
-    modeling_utils.safe_open = opened
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = original
+    asked: list[Any] = []
+    with _patching:
+        original = modeling_utils.safe_open
+        modeling_utils.safe_open = opened
+        try:
+            yield
+        finally:
+            modeling_utils.safe_open = original
+    if not asked:
+        raise ValueError(f"{folder} is compact, but Transformers took its weights from elsewhere: something in it says so.")

@@ -5,9 +5,9 @@ compressed-tensors wrote "sparse-bitmask" and "sparse-24-bitmask" until 0.14 and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .atomic import replaced_folder
 from .compact import INDEX, CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
 from .masks import Masks
-from .serialization import FOLDER, PruningState, is_replaced, is_weight_file
+from .model_card import card_of, write_card
+from .serialization import FOLDER, PruningState, check_inside, is_replaced
 
 
 logger = logging.get_logger(__name__)
@@ -47,101 +48,123 @@ def expand(folder: str | Path, out: str | Path) -> None:
         ValueError: `folder` is neither, or is damaged; `out` is as it was.
     """
     source = Path(folder)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{folder} is no model folder: it has no config.json.")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = _config_of(source)
+    legacy = None
     if (source / FOLDER / CONFIG_FILE).exists():
         state = PruningState.load(source)
         if not state.compact:
             raise ValueError(f"{folder} is an ordinary folder already.")
         state.check_files(source)
-        files = CompactFiles(source / FOLDER, state.masks)
-        shards = ({name: files.get_tensor(name) for name in names} for names in files.shards.values())
-        count, legacy = len(files.shards), None
+        files: Any = CompactFiles([source / name for name in state.compact], state.masks)
+        plan = list(files.shards.values())
     else:
-        legacy = _Legacy(source, config)
-        config.pop("quantization_config", None)
-        config.pop("compression_config", None)
-        shards, count = legacy.shards(), len(legacy.plan)
-    with replaced_folder(out, is_replaced) as fresh:
-        for entry in source.iterdir():
-            if entry.is_file() and not is_weight_file(entry.name):
+        files = legacy = _Legacy(source, config)
+        plan = files.plan
+        state = _state_of(legacy, config)
+    others = [entry for entry in source.iterdir() if not is_replaced(entry.name)]
+    for entry in others:
+        check_inside(entry, source)
+    with replaced_folder(out, is_replaced) as fresh, files:
+        for entry in others:
+            if entry.is_dir():
+                shutil.copytree(entry, fresh / entry.name, symlinks=True)
+            else:
                 shutil.copy2(entry, fresh / entry.name)
-        _write(fresh, shards, count)
+        _write(fresh, files, plan)
         if legacy:
-            state = _state_of(legacy, config)
-            if state:
-                config["pruning_config"] = state.summary()
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if state:
             state.save(fresh)
+            if state.report:
+                write_card(fresh, state.report, old=card_of(str(source)), base=None)
 
 
-def _write(folder: Path, shards: Iterator[dict[str, Tensor]], count: int) -> None:
+def _config_of(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as the config of a model: {error}.") from error
+
+
+def _write(folder: Path, files: Any, plan: list[list[str]]) -> None:
     weight_map, total = {}, 0
-    for i, tensors in enumerate(tqdm(shards, desc="expand", unit="shard", total=count)):
-        name = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-        save_file(tensors, folder / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if count > 1:
+    for i, names in enumerate(tqdm(plan, desc="expand", unit="shard")):
+        path = folder / ("model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors")
+        total += _write_shard(path, {name: files.get_tensor(name) for name in names})
+        weight_map.update(dict.fromkeys(names, path.name))
+    if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-class _Legacy:
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
+    save_file(tensors, path, {"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class _Legacy(contextlib.ExitStack):
     """A checkpoint of compressed-tensors: `<module>.compressed` (kept values), `.bitmask` (out, ceil(in / 8)), `.shape`.
 
     Raises:
         ValueError: another format, quantized as well, or a part is missing.
     """
 
+    PARTS = ("compressed", "bitmask", "shape", "row_offsets")
+
     def __init__(self, folder: Path, config: dict[str, Any]):
+        super().__init__()
         how = config.get("quantization_config") or config.get("compression_config") or {}
-        sparsity = how.get("sparsity_config") or {}
-        self.format = sparsity.get("format")
+        self.format = (how.get("sparsity_config") or {}).get("format")
         if self.format not in _LEGACY:
             raise ValueError(f"{folder} is no compact folder, nor one of compressed-tensors in {' or '.join(_LEGACY)}.")
         if how.get("config_groups"):
             raise ValueError(f"{folder} is quantized as well as {self.format}: only sparse weights can be expanded.")
-        self.masks = Masks()
-        self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            try:
-                file = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read: {error}.") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
         self._folder = folder
-        self._pruned = [key.removesuffix(".compressed") for key in self._files if key.endswith(".compressed")]
-        parts = {f"{name}.{part}" for name in self._pruned for part in ("compressed", "bitmask", "shape", "row_offsets")}
-        self._sizes = {f"{name}.weight": self._shape(name) for name in self._pruned}
-        self._sizes.update({name: file.get_slice(name).get_shape() for name, file in self._files.items() if name not in parts})
-        if not self._pruned:
+        self._files: dict[str, Any] = {}
+        try:
+            for name in self._names():
+                check_inside(folder / name, folder)
+                file = self.enter_context(safe_open(folder / name, "pt"))
+                self._files.update(dict.fromkeys(file.keys(), file))
+            self.bits, self._shapes = {}, {}
+            for module in [key.removesuffix(".compressed") for key in self._files if key.endswith(".compressed")]:
+                self._shapes[f"{module}.weight"] = tuple(self._part(module, "shape").flatten().tolist())
+                self.bits[f"{module}.weight"] = self._part(module, "bitmask").numpy()
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} cannot be read as {self.format}: {error!r}.") from error
+        if not self._shapes:
             raise ValueError(f"{folder} says it is {self.format}, but has no compressed weight.")
-        like = {name: torch.empty(size, dtype=self._dtype(name), device="meta") for name, size in self._sizes.items()}
+        parts = {f"{name.removesuffix('weight')}{part}" for name in self._shapes for part in self.PARTS}
+        names = [*self._shapes, *(name for name in self._files if name not in parts)]
+        like = {name: self.get_tensor(name).to("meta") for name in names}  # finds damage before anything is written
         self.plan = list(split_torch_state_dict_into_shards(like).filename_to_tensors.values())
 
-    def shards(self) -> Iterator[dict[str, Tensor]]:
-        """Dense tensors by name, a shard at a time; the masks grow along."""
-        for names in self.plan:
-            yield {name: self._tensor(name) for name in names}
-
-    def _tensor(self, name: str) -> Tensor:
-        if name in self._files:
+    def get_tensor(self, name: str) -> Tensor:
+        """The dense tensor of that name."""
+        if name not in self._shapes:
             return self._files[name].get_tensor(name)
-        module, shape = name.removesuffix(".weight"), self._sizes[name]
-        bits = self._part(module, "bitmask").numpy()
+        values = self._part(name.removesuffix(".weight"), "compressed").flatten()
         try:
-            dense = expanded(self._part(module, "compressed").flatten(), bits, shape)
-        except ValueError as error:
+            return expanded(values, self.bits[name], self._shapes[name])
+        except (ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"{self._folder} is damaged: {name}: {error}.") from error
-        kept = numpy.unpackbits(bits, axis=-1, count=shape[-1], bitorder="little")
-        self.masks[name] = torch.from_numpy(kept).bool()
-        return dense
 
-    def _shape(self, module: str) -> tuple[int, ...]:
-        return tuple(self._part(module, "shape").flatten().tolist())
+    def masks(self) -> Masks:
+        """Its bits as masks."""
+        masks = Masks()
+        for name, bits in self.bits.items():
+            kept = numpy.unpackbits(bits, axis=-1, count=self._shapes[name][-1], bitorder="little")
+            masks[name] = torch.from_numpy(kept).bool()
+        return masks
+
+    def _names(self) -> list[str]:
+        index = self._folder / INDEX
+        if not index.is_file():
+            return ["model.safetensors"]
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
     def _part(self, module: str, part: str) -> Tensor:
         key = f"{module}.{part}"
@@ -149,21 +172,22 @@ class _Legacy:
             raise ValueError(f"{self._folder} is damaged: {key} is missing.")
         return self._files[key].get_tensor(key)
 
-    def _dtype(self, name: str) -> torch.dtype:
-        key = name if name in self._files else f"{name.removesuffix('.weight')}.compressed"
-        return self._files[key].get_slice(key)[:0].dtype
-
 
 def _state_of(legacy: _Legacy, config: dict[str, Any]) -> PruningState | None:
-    """A state for masks that somebody else made; None if the model calls its weights otherwise than the file."""
-    values = {key: value for key, value in config.items() if key != "architectures"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    """A state for masks that somebody else made, and `config` changed to match; None if the model's names are not the file's."""
+    config.pop("quantization_config", None)
+    config.pop("compression_config", None)
+    masks = legacy.masks()
     try:
-        legacy.masks.parameters_of(model)
-    except ValueError as error:
+        values = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+        masks.parameters_of(model)
+    except (ValueError, KeyError, TypeError) as error:
         logger.warning(f"written without masks: {error}")
         return None
     pattern = "2:4" if "24" in legacy.format else "unstructured"
-    made = PruningConfig(method="magnitude", pattern=pattern, sparsity=legacy.masks.sparsity()).to_dict()
-    return PruningState(legacy.masks, {**made, "method": "unknown"})
+    made = PruningConfig(method="magnitude", pattern=pattern, sparsity=masks.sparsity()).to_dict()
+    state = PruningState(masks, {**made, "method": "unknown"})
+    config["pruning_config"] = state.summary()
+    return state

@@ -1,13 +1,14 @@
-"""Norms of per-sample gradients, streamed: each weight's gradient is added to its sum as soon as it exists, then freed.
+"""Norms of gradients of single samples or single tokens, streamed: each is added to its weight's sum as soon as it exists.
 
-Owns the backward passes over the dense model (GBLM, arXiv 2311.04902) and over one block (Wanda++, arXiv 2503.04992). What the
+A token's gradient is the outer product of two vectors, so all of them are added in one matrix product of their squares, in the
+place of the one that makes a sample's gradient. Owns the backward passes over the dense model (GBLM, arXiv 2311.04902) and over one block (Wanda++, arXiv 2503.04992). What the
 sums are used for is the method's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -29,8 +30,10 @@ def model_gradients(
     samples: list[Tensor],
     order: int,
     checkpointing: bool = False,
+    by_token: bool = False,
 ) -> dict[str, GradientNorm]:
-    """For each parameter of `linears`, the norm over `samples` (each ids (length,)) of the language-model loss's gradient.
+    """For each parameter of `linears`, the norm over `samples` (each ids (length,)) of the language-model loss's gradient; with
+    `by_token` over all tokens of all samples, but for fused experts.
 
     Raises:
         ValueError: a gradient is not finite, or a sample has no next token to predict.
@@ -43,7 +46,11 @@ def model_gradients(
     half = next(iter(parameters.values())).dtype == torch.float16
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_streamed(model, parameters, norms, 1 / _FP16_SCALE if half else 1.0))
+        scale = 1 / _FP16_SCALE if half else 1.0
+        stack.enter_context(_streamed(model, parameters, norms, scale, linears if by_token else []))
+        if by_token:  # no parameter may need a gradient, yet what follows the embedding does
+            hook = model.get_input_embeddings().register_forward_hook(lambda m, args, x: x.detach().requires_grad_().clone())
+            stack.callback(hook.remove)
         if checkpointing:
             for block in blocks:
                 forward = partial(checkpoint, block.module.forward, use_reentrant=False)
@@ -56,23 +63,26 @@ def model_gradients(
 
 
 def block_gradients(
-    block: Block, calls: list[Call], hidden: list[Tensor], linears: list[Linear], order: int
+    block: Block, calls: list[Call], hidden: list[Tensor], linears: list[Linear], order: int, by_token: bool = False
 ) -> dict[str, GradientNorm]:
     """The same of ||block(x)||_2 for each sequence of `hidden` (sequences, length, d), parameters of one block only."""
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
     norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
-    with torch.enable_grad(), _streamed(block.module, parameters, norms, 1.0):
+    with torch.enable_grad(), _streamed(block.module, parameters, norms, 1.0, linears if by_token else []):
         for call, x in zip(calls, hidden):
-            output = call.run(block, x.detach())
+            output = call.run(block, x.detach().requires_grad_(by_token).clone())
             output.backward(output.detach() / output.detach().float().norm().clamp_min(1e-30).to(output.dtype))
     return _finished(norms, len(hidden))
 
 
 @contextlib.contextmanager
 def _streamed(
-    owner: nn.Module, parameters: dict[str, nn.Parameter], norms: dict[str, GradientNorm], scale: float
+    owner: nn.Module, parameters: dict[str, nn.Parameter], norms: dict[str, GradientNorm], scale: float, by_token: list[Linear]
 ) -> Iterator[None]:
-    """Only `parameters` get gradients, and those go into `norms` at once; all flags and gradients are as before afterwards."""
+    """Only `parameters` get gradients, and those go into `norms` at once; all flags and gradients are as before afterwards.
+
+    The linears in `by_token` that are modules of their own get none: their inputs and their outputs' gradients are enough.
+    """
     before = [(p, p.requires_grad, p.grad) for p in owner.parameters()]
 
     def take(norm: GradientNorm, parameter: nn.Parameter) -> None:
@@ -84,7 +94,14 @@ def _streamed(
             for parameter in owner.parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+            alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
+            for name, linear in alone.items():
+                norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
+                hook = linear.module.register_forward_hook(partial(_listen, partial(norm.update_tokens, scale=scale)))
+                stack.callback(hook.remove)
             for name, parameter in parameters.items():
+                if name in alone:
+                    continue
                 parameter.requires_grad_(True)
                 hook = parameter.register_post_accumulate_grad_hook(partial(take, norms[name]))
                 stack.callback(hook.remove)
@@ -93,6 +110,26 @@ def _streamed(
             for parameter, required, gradient in before:
                 parameter.requires_grad_(required)
                 parameter.grad = gradient
+
+
+def _listen(take: Callable[[Tensor, Tensor], None], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return _TokenGradients.apply(output, args[0].detach(), take)
+
+
+class _TokenGradients(torch.autograd.Function):
+    """Hands a linear's input and its output's gradient to `take`, and changes neither; checkpoints recompute the input."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return output.clone()  # a model may add to it in place
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.take(gradient.flatten(0, -2), x.flatten(0, -2))
+        return gradient, None, None
 
 
 def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:

@@ -164,7 +164,7 @@ class Masks(MutableMapping[str, Tensor]):
                 check_version(path, metadata["version"])
                 shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
                 masks.patterns = dict(json.loads(metadata["patterns"]))
-                coded = set(json.loads(metadata["coded"]))
+                coded = set(json.loads(metadata.get("coded", "[]")))
                 if set(file.keys()) != set(shapes):
                     raise ValueError(f"{path}: its list of shapes and its masks are not of the same parameters.")
                 for name, shape in shapes.items():

@@ -291,7 +291,9 @@ def _gradients(
     journal: Journal | None,
 ) -> dict[str, GradientNorm]:
     def compute() -> dict[str, GradientNorm]:
-        return model_gradients(model, decoder.blocks, linears, samples, method.order, method.gradient_checkpointing)
+        return model_gradients(
+            model, decoder.blocks, linears, samples, method.order, method.gradient_checkpointing, method.by_token
+        )
 
     if journal is None:
         return compute()

@@ -138,7 +138,9 @@ def prune_blocks(
             before = calls[index][-1].run(block, hidden[-1])
             if gradient_samples:
                 some = slice(min(gradient_samples, len(batches)))
-                work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, plan.method.order)
+                work.gradients = block_gradients(
+                    block, calls[index][some], hidden[some], work.linears, plan.method.order, plan.method.by_token
+                )
             arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
             if plan.propagate == "linear":
                 work.in_one_pass(arguments, states, store)

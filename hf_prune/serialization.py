@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
-from .compact import VALUES, as_ordinary
+from .compact import SIGN, as_ordinary
 from .config import CONFIG_FILE
 from .masks import FORMAT_VERSION, MASK_FILE, Masks, check_version
 from .report import PruningReport
@@ -60,6 +61,7 @@ class PruningState:
         files: dict[str, str] | None = None,
     ):
         self.masks, self.config, self.report, self.files = masks, config, report, files or {}
+        self.folder: Path | None = None  # where it was read
 
     def summary(self) -> dict[str, Any]:
         """The short entry in config.json."""
@@ -72,7 +74,7 @@ class PruningState:
         target.mkdir(parents=True, exist_ok=True)
         self.masks.save(target)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
-        weights += target.glob(VALUES)
+        weights += target.glob("values-*.safetensors")
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
@@ -83,9 +85,9 @@ class PruningState:
         (target / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
     @property
-    def compact(self) -> bool:
-        """Whether it was saved as a compact folder."""
-        return any(name.startswith(f"{FOLDER}/") for name in self.files)
+    def compact(self) -> list[str]:
+        """The weight files of a compact folder, relative to it; none of an ordinary one."""
+        return [name for name in self.files if name.startswith(f"{FOLDER}/")]
 
     @classmethod
     def load(cls, folder: str | Path) -> PruningState:
@@ -98,7 +100,7 @@ class PruningState:
         for name in (MASK_FILE, CONFIG_FILE):
             if not (path / name).is_file():
                 raise ValueError(f"{folder} holds no masks: {path / MASK_FILE} and {CONFIG_FILE} are needed.")
-            _check_inside(path / name, Path(folder))
+            check_inside(path / name, Path(folder))
         try:
             content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
             check_version(path / CONFIG_FILE, content["format_version"])
@@ -110,13 +112,15 @@ class PruningState:
         masks = Masks.load(path)
         if masks.digest() != digest:
             raise ValueError(f"{path / MASK_FILE} is not the file that was saved with {CONFIG_FILE}: its digest differs.")
-        return cls(masks, config, report, files)
+        state = cls(masks, config, report, files)
+        state.folder = Path(folder)
+        return state
 
-    def check_files(self, folder: Path) -> None:
+    def check_files(self, folder: Path, variant: str | None = None) -> None:
         """Compares the weight files in `folder` with those that the masks were saved with.
 
         Raises:
-            ValueError: one is missing, was changed, or lies elsewhere.
+            ValueError: one is missing, was changed, or lies elsewhere; or there is one more that would be read instead.
         """
         for name, digest in self.files.items():
             path = folder / name
@@ -124,9 +128,16 @@ class PruningState:
                 raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {name!r} as a weight file, which it cannot be.")
             if not path.is_file():
                 raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
-            _check_inside(path, folder)
+            check_inside(path, folder)
             if _digest(path) != digest:
                 raise ValueError(f"{path} is damaged or was changed: it is not the file that was saved with the masks.")
+            if name.endswith(".json"):
+                named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+                if wrong := sorted(named - {*self.files, SIGN}):
+                    raise ValueError(f"{path} names {wrong[0]!r}, which is not among the files that were saved with the masks.")
+        for path in folder.iterdir():
+            if is_replaced(path.name, variant) and path.name not in {*self.files, FOLDER}:
+                raise ValueError(f"{path} is not among the weight files that were saved with the masks: remove it.")
 
 
 def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any) -> PreTrainedModel:
@@ -145,8 +156,11 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     """
     if on_mismatch not in ON_MISMATCH:
         raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
-    hub = hub_arguments(kwargs)
-    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    hub, folder = hub_arguments(kwargs), Path(name_or_path)
+    if hub.pop("subfolder", ""):
+        raise ValueError("hf_prune.load takes the folder of the model itself: leave out subfolder.")
+    trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
+    config = AutoConfig.from_pretrained(name_or_path, **hub, **trust)
     state = None
     if getattr(config, "pruning_config", None) is not None:
         try:
@@ -154,37 +168,58 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
         except ValueError:
             if on_mismatch != "drop":
                 raise
+    if state:
+        _check_weights_named(config, state)
+    checked = state is not None and on_mismatch == "error"
     if state and state.compact:
-        model = _load_compact(name_or_path, state, hub, kwargs)
+        loaded = _load_compact(name_or_path, state, hub, kwargs)
     else:
-        if state and Path(name_or_path).is_dir() and on_mismatch == "error":
-            state.check_files(Path(name_or_path))
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    settle(model, on_mismatch, state, **hub)
-    return model
+        if checked and folder.is_dir():
+            state.check_files(folder, kwargs.get("variant"))
+        loaded = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        if checked and not folder.is_dir():
+            state.check_files(state.folder, kwargs.get("variant"))
+    settle(loaded[0] if isinstance(loaded, tuple) else loaded, on_mismatch, state, **hub)
+    return loaded
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `kwargs` that say where on the Hub, the revision as a plain commit if it is known."""
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-    if hub.get("revision") is not None:
+    """Those of `kwargs` that say where a model is, the revision as a plain commit if it is known."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    hub = {key: kwargs[key] for key in names if kwargs.get(key) is not None}
+    if "revision" in hub:
         hub["revision"] = getattr(hub["revision"], "resolved", hub["revision"])
     return hub
 
 
-def _load_compact(
-    name_or_path: str | Path, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]
-) -> PreTrainedModel:
+def remember_source(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Masks are read when they are first asked for: then from the same place. A token stays out of copies and pickles."""
+    hub = hub_arguments(kwargs)
+    _TOKENS[model] = hub.pop("token", None)
+    model.__dict__[SOURCE] = hub
+
+
+def _check_weights_named(config: Any, state: PruningState) -> None:
+    name = getattr(config, "transformers_weights", None)
+    if name is not None and name not in state.files:
+        raise ValueError(
+            f"config.json takes its weights from {name!r}, which is not among those that the masks were saved with."
+        )
+
+
+def _load_compact(name_or_path: str | Path, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
     folder = Path(name_or_path)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", f"{FOLDER}/*"], **hub))
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.py", f"{FOLDER}/*"], **hub))
     state.check_files(folder)
-    with as_ordinary(folder, state.masks):
-        model = AutoModelForCausalLM.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k not in hub})
+    rest = {key: value for key, value in kwargs.items() if key not in (*hub, "revision", "disable_mmap")}
+    with as_ordinary(folder, [folder / name for name in state.compact], state.masks):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **rest)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     if "disk" in map(str, (getattr(model, "hf_device_map", None) or {}).values()):
         raise ValueError(f"{name_or_path} is compact and cannot be offloaded to disk. Make it ordinary with hf_prune.expand.")
     model.config._name_or_path = str(name_or_path)
-    return model
+    return loaded
 
 
 def settle(
@@ -204,7 +239,8 @@ def settle(
         return None
     problem = ""
     try:
-        state = state or _read(config, **{**model.__dict__.get(SOURCE, {}), **hub})
+        known = {**model.__dict__.get(SOURCE, {}), "token": _TOKENS.get(model)}
+        state = state or _read(config, **{**known, **hub})
         if violations := state.masks.violations(model):
             name, count = next(iter(violations.items()))
             problem = (
@@ -232,14 +268,16 @@ def settle(
 
 
 STATE, SOURCE = "_hf_prune_state", "_hf_prune_source"  # attributes of an instance
+_TOKENS: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
 
 
 def _read(config: Any, **hub: Any) -> PruningState:
     source = config._name_or_path
     hub = {**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
+    inside = hub.pop("subfolder", "")
     found = [
         cached_file(
-            source, name, subfolder=FOLDER, _raise_exceptions_for_missing_entries=False,
+            source, name, subfolder=f"{inside}/{FOLDER}".strip("/"), _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False, **hub,
         )
         if source
@@ -254,10 +292,12 @@ def _read(config: Any, **hub: Any) -> PruningState:
     return PruningState.load(Path(found[0]).parent.parent)
 
 
-def _check_inside(path: Path, folder: Path) -> None:
+def check_inside(path: Path, folder: Path) -> None:
     """Refuses a link out of `folder`; the Hub's cache links its snapshots to `blobs` beside them."""
-    allowed = [folder.resolve(), folder.absolute().parent.parent / "blobs"]
-    if not any(path.resolve().is_relative_to(root) for root in allowed):
+    allowed = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":
+        allowed.append(folder.absolute().parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(root.resolve()) for root in allowed):
         raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder: hf_prune does not follow it.")
 
 

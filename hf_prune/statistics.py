@@ -95,10 +95,10 @@ class Hessian:
 
 
 class GradientNorm:
-    """Per weight, the norm over samples of the gradient of one sample's loss; fp32, shape of the weight.
+    """Per weight, the norm over samples, or over tokens, of the gradient of the loss; fp32, shape of the weight.
 
-    `order` 1 adds |g|, 2 adds g^2 (arXiv 2311.04902, equation 4). The norm runs over samples, so gradients of opposite
-    sign do not cancel. Normalised by the number of samples: `value` is mean |g| or the root mean square of g.
+    `order` 1 adds |g|, 2 adds g^2 (arXiv 2311.04902, equation 4). Gradients of opposite sign do not cancel. Normalised by
+    the number of samples: `value` is mean |g| or the root mean square of g.
     """
 
     def __init__(self, shape: torch.Size, order: int, device: torch.device | str = "cpu"):
@@ -121,6 +121,12 @@ class GradientNorm:
         else:
             self.sum.addcmul_(gradient, gradient, value=scale * scale)
         self.samples += 1
+
+    def update_tokens(self, gradient: Tensor, x: Tensor, scale: float = 1.0) -> None:
+        """Adds every token's gradient, the outer products of `gradient` (tokens, out) times `scale` with `x` (tokens, in)."""
+        left, right = gradient.float() * scale, x.float()
+        left, right = (left.abs(), right.abs()) if self.order == 1 else (left.square_(), right.square())
+        self.sum.addmm_(left.t(), right)
 
     @property
     def value(self) -> Tensor:

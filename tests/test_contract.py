@@ -208,6 +208,32 @@ def test_gblm_gradients_are_those_of_the_loss(llama):
     assert torch.allclose(plain[name].value, saving[name].value, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("family, name", [("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")])
+def test_gblm_gradients_of_tokens(family, name, order):
+    """Against one outer product at a time; Conv1D stores (in, out). A checkpoint recomputes the inputs."""
+    from hf_prune.gradients import model_gradients
+
+    model = make(family)
+    decoder = Decoder(model)
+    samples = list(ids_for(3, 20))
+    plain = model_gradients(model, decoder.blocks, decoder.linears, samples, order, by_token=True)
+    saving = model_gradients(model, decoder.blocks, decoder.linears, samples, order, checkpointing=True, by_token=True)
+    module, total = model.get_submodule(name), 0
+    for ids in samples:
+        seen = {}
+        hook = module.register_forward_hook(lambda m, args, y, seen=seen: (y.retain_grad(), seen.update(x=args[0], y=y))[0])
+        model(input_ids=ids[None], labels=ids[None]).loss.backward()
+        hook.remove()
+        for gradient, x in zip(seen["y"].grad[0], seen["x"][0]):
+            one = torch.outer(x, gradient) if family == "gpt2" else torch.outer(gradient, x)
+            total = total + one.detach().abs() ** order
+    assert torch.allclose(plain[f"{name}.weight"].sum, total, rtol=1e-3, atol=1e-10)
+    for key, norm in plain.items():
+        assert norm.sum.max() > 0 and torch.allclose(norm.sum, saving[key].sum, rtol=1e-3, atol=1e-12), key
+    assert all(p.requires_grad and not p._backward_hooks for p in model.parameters())
+
+
 def test_groups_overrides_and_globs(llama):
     config = config_for("wanda", "2:4", exclude=["*.q_proj"], overrides={"*.mlp.*": "4:8", "*.down_proj": 0.75})
     report = llama.prune(config, ids_for())

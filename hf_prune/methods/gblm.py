@@ -2,7 +2,8 @@
 
 The authors' code adds ||X_j||_2 / sqrt(N) and 100 * G with G a sum over the N samples: what the 100 means depends on N and on the
 sequence length (with 32 x 512 tokens it changes 0.4 % of Wanda's mask). Our default multiplies instead: a weighted geometric
-mean has no unit, and a row whose gradients are all large or all small is compared as any other. "paper" is theirs.
+mean has no unit, and a row whose gradients are all large or all small is compared as any other. And its norm is over tokens:
+a sample's gradient is a sum in which the tokens' cancel at random, so that a few dozen samples make a noisy norm. "paper" is theirs.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ class GBLM(Method):
     Attributes:
         alpha: share of the gradient, from 0 (Wanda) to 1 (gradients alone). "paper" is the authors' score (equation 4), the
             sum |W_ij| * (||X_j||_2 + 100 * ||G_ij||_p) with their normalisation.
-        norm: "l1" or "l2", over the gradients of single samples.
+        norm: "l1" or "l2".
+        over: whose gradients the norm is of: "tokens", or "samples" as in the paper; None is samples with alpha "paper", else
+            tokens. Experts that are fused in one parameter are taken by samples.
         scope: "model" takes the gradient of the language-model loss through the dense model, once (the paper); "block" that
             of ||block(x)||_2, block by block on the pruned model's hidden states (Wanda++, arXiv 2503.04992, equation 3):
             only one block's gradients are ever alive.
@@ -31,8 +34,9 @@ class GBLM(Method):
             third more time.
     """
 
-    alpha: float | str = 0.3
+    alpha: float | str = 0.5
     norm: str = "l2"
+    over: str | None = None
     scope: str = "model"
     gradient_samples: int | None = None
     gradient_checkpointing: bool = False
@@ -47,6 +51,10 @@ class GBLM(Method):
             raise ValueError(f"alpha of gblm must be a number from 0 to 1 or 'paper', got {self.alpha!r}.")
         if self.norm not in ("l1", "l2"):
             raise ValueError(f"norm of gblm must be 'l1' or 'l2', got {self.norm!r}.")
+        if self.over not in (None, "tokens", "samples"):
+            raise ValueError(f"over of gblm must be 'tokens', 'samples' or None, got {self.over!r}.")
+        if self.alpha == "paper" and self.over == "tokens":
+            raise ValueError("alpha='paper' of gblm weighs gradients of samples: leave out over='tokens'.")
         if self.scope not in ("model", "block"):
             raise ValueError(f"scope of gblm must be 'model' or 'block', got {self.scope!r}.")
         if self.gradient_samples is not None and self.gradient_samples < 1:
@@ -56,6 +64,11 @@ class GBLM(Method):
     def order(self) -> int:
         """Of the norm over samples: 1 or 2."""
         return 1 if self.norm == "l1" else 2
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the norm is over tokens."""
+        return self.alpha != "paper" and self.over != "samples"
 
     def score(self, weight: Tensor, activation: ActivationNorm, gradient: GradientNorm) -> Tensor:
         """(out, in) from |W| (out, in), the activation norm (in,) and the gradient norm (out, in)."""
