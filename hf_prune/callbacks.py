@@ -50,6 +50,7 @@ def _pushes_take_masks_along() -> None:
     """Trainer copies known names from a checkpoint before it pushes, and writes a card of its own at the end: here our folder
     is copied too, and our section is added to that card. Models without masks see no difference."""
     from transformers import Trainer
+    from transformers.trainer_utils import HubStrategy
 
     push, write = Trainer._push_from_checkpoint, Trainer.create_model_card
     if hasattr(write, "hf_prune"):
@@ -58,8 +59,11 @@ def _pushes_take_masks_along() -> None:
     @functools.wraps(push)
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         output, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
-        if (checkpoint / FOLDER).is_dir() and self.is_world_process_zero():
-            shutil.copytree(checkpoint / FOLDER, output / FOLDER, dirs_exist_ok=True)
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push
+        pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and not busy
+        if pushes and (checkpoint / FOLDER).is_dir():
+            shutil.rmtree(output / FOLDER, ignore_errors=True)
+            shutil.copytree(checkpoint / FOLDER, output / FOLDER)
             _write_card(self.model, checkpoint, old=card_of(str(output)), base=None)
             if (checkpoint / CARD).exists():
                 shutil.copy2(checkpoint / CARD, output / CARD)

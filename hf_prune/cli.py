@@ -71,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 def _load(args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .serialization import load
+
     files = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, **files)
+    model = (AutoModelForCausalLM.from_pretrained if files else load)(args.model, dtype=args.dtype, **files)
     return model.to(args.device), AutoTokenizer.from_pretrained(args.model, **files)
 
 

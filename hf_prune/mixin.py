@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import tempfile
 from pathlib import Path
@@ -17,10 +18,10 @@ from .atomic import replaced_folder
 from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
-from .model_card import card_of, write_card
+from .model_card import base_card, card_of, without_section, write_card
 from .pruning import check_model, is_dequantized, prune_model
 from .report import PruningReport
-from .serialization import FOLDER, SOURCE, STATE, PruningState, hub_arguments, is_replaced, settle
+from .serialization import FOLDER, STATE, PruningState, is_replaced, remember_source, settle
 
 
 logger = logging.get_logger(__name__)
@@ -113,40 +114,43 @@ def install() -> None:
     original, original_push = PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub
     original_load = PreTrainedModel.from_pretrained.__func__
 
+    named = inspect.signature(original)
+
     @functools.wraps(original)
-    def save_pretrained(
-        self, save_directory, *args, is_main_process: bool = True, push_to_hub: bool = False, compact: bool = False, **kwargs
-    ):
-        state = None if getattr(self, "_hf_peft_config_loaded", False) else _state_to_save(self)
-        if compact and not state:
-            raise ValueError("compact=True leaves out what masks prune, and this model has none: prune it first.")
-        if compact and kwargs.get("variant"):
-            raise ValueError(f"compact=True has no variants: leave out variant={kwargs['variant']!r}.")
-        if not state or not is_main_process or os.path.isfile(save_directory):
-            return original(self, save_directory, *args, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+    def save_pretrained(self, save_directory, *args, compact: bool = False, **kwargs):
+        state = _state_to_save(self)
+        if compact:
+            _check_compact(self, state, kwargs.get("variant"))
+        if args:  # by their names, which differ between versions
+            kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
+        if not state or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
+            return original(self, save_directory, **kwargs)
+        push, token, tags = kwargs.pop("push_to_hub", False), kwargs.get("token"), kwargs.pop("tags", None) or []
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-        token, tags = kwargs.get("token"), kwargs.pop("tags", None)
-        repo = _repository(hub.pop("repo_id", None) or Path(save_directory).resolve().name, token, hub) if push_to_hub else None
-        old = card_of(str(save_directory))
-        if old is None and push_to_hub:
-            old = card_of(repo, token=token, revision=hub.get("revision"))
+        old = card_of(str(save_directory)) if Path(save_directory).is_dir() else None
+        if push:
+            repo = _repository(hub.pop("repo_id", None) or Path(save_directory).resolve().name, token, hub)
+            old = _newer_card(old, repo, token, hub.get("revision"))
         with replaced_folder(save_directory, functools.partial(is_replaced, variant=kwargs.get("variant"))) as fresh:
-            result = original(self, fresh, *args, **kwargs)
+            result = original(self, fresh, **kwargs)
             if compact:
                 compress(fresh, fresh / FOLDER, state.masks)
             state.save(fresh)
             if state.report:
-                base = card_of(self.config._name_or_path, token=token, local_files_only=not push_to_hub)
-                tags = [*(tags or []), *(getattr(self, "model_tags", None) or [])]
+                base = base_card(self.config._name_or_path, token, local_files_only=not push)
+                tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self, "model_tags", None) or [])]
                 write_card(fresh, state.report, old=old, base=base, tags=tags)
             made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]
-        return _upload(save_directory, repo, made, kwargs.get("variant"), token, hub) if push_to_hub else result
+        return _upload(save_directory, repo, made, kwargs.get("variant"), token, hub) if push else result
 
     @functools.wraps(original_push)
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
         `save_pretrained`."""
-        if STATE not in self.__dict__ and getattr(self.config, "pruning_config", None) is None or not _state_to_save(self):
+        if kwargs.get("compact"):
+            _check_compact(self, _state_to_save(self), None)
+        kwargs = {key: value for key, value in kwargs.items() if key != "compact" or value}
+        if getattr(self.config, "pruning_config", None) is None or not _state_to_save(self):
             return original_push(self, repo_id, *args, **kwargs)
         if args:
             raise TypeError("push_to_hub of a pruned model takes all arguments but repo_id by name.")
@@ -159,7 +163,7 @@ def install() -> None:
         result = original_load(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if getattr(model.config, "pruning_config", None) is not None:  # masks are read later, from the same revision
-            model.__dict__[SOURCE] = hub_arguments(kwargs)
+            remember_source(model, kwargs)
         return result
 
     save_pretrained.hf_prune = True
@@ -171,16 +175,29 @@ _HUB_ARGUMENTS = ("repo_id", "private", "revision", "commit_message", "commit_de
 
 
 def _repository(name: str, token: Any, hub: dict[str, Any]) -> str:
-    return HfApi().create_repo(name, token=token, private=hub.pop("private", None), exist_ok=True).repo_id
+    """The full name of the repository, which exists from now on, as does the branch that is to be pushed."""
+    api = HfApi()
+    repo = api.create_repo(name, token=token, private=hub.pop("private", None), exist_ok=True).repo_id
+    revision = hub.get("revision")
+    if revision and not revision.startswith("refs/pr") and not hub.get("create_pr"):
+        api.create_branch(repo, branch=revision, token=token, exist_ok=True)
+    return repo
+
+
+def _newer_card(local: str | None, repo: str, token: Any, revision: str | None) -> str | None:
+    """The card to go on from: that of the folder, else that of the Hub."""
+    there = card_of(repo, token=token, revision=revision)
+    if local is None or there is None:
+        return local or there
+    if without_section(local) != without_section(there):
+        logger.warning(f"README.md of {repo} was edited there; it is replaced by that of the folder, and stays in its history.")
+    return local
 
 
 def _upload(folder: str | Path, repo: str, names: list[str], variant: str | None, token: Any, hub: dict[str, Any]) -> Any:
     """One commit with what was saved, and without the weights and masks that it replaces."""
     api = HfApi()
-    revision = hub.get("revision")
-    if revision and not revision.startswith("refs/pr") and not hub.get("create_pr"):
-        api.create_branch(repo, branch=revision, token=token, exist_ok=True)
-    there = api.list_repo_files(repo, revision=revision, token=token)
+    there = api.list_repo_files(repo, revision=hub.get("revision"), token=token)
     stale = [name for name in there if is_replaced(name.split("/")[0], variant)]
     hub = {"commit_message": "Upload pruned model", **{key: value for key, value in hub.items() if value is not None}}
     return api.upload_folder(
@@ -188,8 +205,22 @@ def _upload(folder: str | Path, repo: str, names: list[str], variant: str | None
     )
 
 
+def _check_compact(model: PreTrainedModel, state: PruningState | None, variant: str | None) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("compact=True saves a pruned model, and this one would save its adapter: merge or delete it first.")
+    if not state:
+        raise ValueError("compact=True leaves out what masks prune, and this model has none: prune it first.")
+    if variant:
+        raise ValueError(f"compact=True has no variants: leave out variant={variant!r}.")
+
+
 def _state_to_save(model: PreTrainedModel) -> PruningState | None:
-    """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so."""
+    """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so.
+
+    With an adapter it is the adapter that is saved, without masks; the model keeps them.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return None
     try:
         state = settle(model)
         violations = state.masks.violations(model) if state else {}

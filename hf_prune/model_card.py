@@ -6,13 +6,14 @@ to its owner: saving again replaces the section and our keys of the metadata, an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -28,7 +29,7 @@ CARD = "README.md"
 BEGIN = "<!-- hf_prune:begin, replaced when the model is saved; write above or below -->"
 END = "<!-- hf_prune:end -->"
 
-_SECTION = re.compile(r"<!-- hf_prune:begin.*?hf_prune:end -->", re.S)
+_SECTION = re.compile(r"<!-- hf_prune:begin(?:(?!hf_prune:begin).)*?hf_prune:end -->", re.S)
 _TITLES = {"sparsegpt": "SparseGPT", "gblm": "GBLM", "ria": "RIA", "wanda": "Wanda"}
 
 
@@ -40,11 +41,12 @@ def write_card(folder: Path, report: PruningReport, *, old: str | None, base: st
     files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     try:
-        text = render(report, sizes, old, base, tags)
+        _card(old)
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"{CARD} is left as it was, its metadata cannot be read: {error}")
         return
-    (folder / CARD).write_text(text, encoding="utf-8")
+    text = render(report, sizes, old, base, tags)
+    (folder / CARD).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def render(
@@ -65,47 +67,62 @@ def render(
     Raises:
         ValueError: the metadata of `old` is no YAML.
     """
-    section = f"{BEGIN}\n\n{_section(report, sizes)}\n\n{END}"
-    if old is None or not old.strip():
-        card = ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {_title(report)}\n\n{section}\n")
+    section = f"{BEGIN}\n\n# {_title(report)}\n\n{_section(report, sizes)}\n\n{END}"
+    card = _card(old)
+    text = card.text
+    known = _SECTION.search(text)
+    if known:
+        card.text = text[: known.start()] + section + text[known.end() :]
     else:
-        card = ModelCard(old)
-        text = card.text
-        known = _SECTION.search(text)
-        card.text = text[: known.start()] + section + text[known.end() :] if known else f"{text.rstrip()}\n\n{section}\n"
-    _describe(card.data, report, base, tags)
+        card.text = f"{text.rstrip()}\n\n{section}\n" if text.strip() else f"\n{section}\n"
+    _describe(card.data, report, tags)
+    _carry_over(card.data, base)
     return str(card)
 
 
-def _describe(data: ModelCardData, report: PruningReport, base: str | None, more: Sequence[str]) -> None:
-    """Our keys of the metadata; a license, a name and other results that the owner put there stay."""
-    data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
-    pattern = report.config["pattern"]
-    tags = ["pruned", "sparse", "hf_prune", report.config["method"], *([pattern] if ":" in pattern else []), *more]
-    data.tags = [*(data.tags or []), *(tag for tag in tags if tag not in (data.tags or []))]
-    if report.base_model:
-        if "/" in report.base_model and not Path(report.base_model).is_absolute():
-            data.base_model = data.base_model or report.base_model
-            data.base_model_relation = getattr(data, "base_model_relation", None) or "finetune"
-    if base is not None:
-        source = ModelCard(base, ignore_metadata_errors=True).data
-        for key in ("license", "license_name", "license_link", "language"):
-            if getattr(data, key, None) is None and getattr(source, key, None) is not None:
-                setattr(data, key, getattr(source, key))
-    results = [_result(evaluation) for evaluation in report.evaluations]
-    names = {result.dataset_name for result in results}
-    others = [
-        known
-        for known in data.eval_results or []
-        if not (known.metric_type == "perplexity" and (known.dataset_name in names or known.metric_name == _METRIC))
-    ]
-    if results or others:
-        data.model_name = data.model_name or _title(report)
-        data.eval_results = [*others, *results]
+def _card(text: str | None) -> ModelCard:
+    if text is None or not text.strip():
+        text = "---\nlibrary_name: transformers\n---\n"
+    return ModelCard(text if text.lstrip().startswith("---") else f"---\nlibrary_name: transformers\n---\n{text}")
+
+
+def without_section(text: str) -> str:
+    """What the owner of a card wrote."""
+    return _SECTION.sub("", _card(text).text).strip()
 
 
 _METRIC = "perplexity, measured by hf_prune"
+_OURS = re.compile(r"pruned|sparse|hf_prune|\d+:\d+")
+
+
+def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str]) -> None:
+    """Our keys of the metadata; names, tags and results that the owner put there stay."""
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    pattern, method = report.config["pattern"], report.config["method"]
+    more = [more] if isinstance(more, str) else more
+    tags = ["pruned", "sparse", "hf_prune", method, *([pattern] if ":" in pattern else []), *more]
+    others = [tag for tag in data.tags or [] if tag not in REGISTRY and not _OURS.fullmatch(tag)]
+    data.tags = [*others, *(tag for tag in dict.fromkeys(tags) if tag not in others)]
+    if report.base_model and "/" in report.base_model and not Path(report.base_model).is_absolute():
+        data.base_model = data.base_model or report.base_model
+        data.base_model_relation = getattr(data, "base_model_relation", None) or "finetune"
+    results = [_result(evaluation) for evaluation in report.evaluations]
+    kept = [known for known in data.eval_results or [] if known.metric_name != _METRIC]
+    data.model_name = data.model_name if kept else (_title(report) if results else None)
+    data.eval_results = [*kept, *results] or None
+
+
+def _carry_over(data: ModelCardData, base: str | None) -> None:
+    """License and language of the dense model, where its card can be read and this one says nothing."""
+    try:
+        source = ModelCard(base or "", ignore_metadata_errors=True).data
+    except (ValueError, TypeError, YAMLError) as error:
+        logger.info(f"the card of the base model cannot be read: {error}")
+        return
+    for key in ("license", "license_name", "license_link", "language"):
+        if getattr(data, key, None) is None and getattr(source, key, None) is not None:
+            setattr(data, key, getattr(source, key))
 
 
 def _result(evaluation: dict[str, Any]) -> EvalResult:
@@ -149,6 +166,7 @@ def _section(report: PruningReport, sizes: dict[str, int]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -227,13 +245,13 @@ def _speed(report: PruningReport) -> str:
 
 def _picture(report: PruningReport) -> str:
     """Bars: sparsity from 0 to 1, and the error of the block's output from 0 to the largest."""
-    errors = [block.error for block in report.blocks if block.error is not None]
+    errors = [block.error for block in report.blocks if block.error is not None and math.isfinite(block.error)]
     largest = max(errors, default=0.0)
     lines = [f"{'block':<6} {'sparsity':<23} {'change of the output' if errors else ''}".rstrip()]
     for i, block in enumerate(report.blocks):
         line = f"{i:<6} "
         line += f"{_bar(block.sparsity, 1.0):<16} {block.sparsity:.3f}  " if block.sparsity is not None else f"{'-':<24}"
-        if block.error is not None and largest:
+        if block.error is not None:
             line += f"{_bar(block.error, largest):<16} {block.error:.3f}"
         lines.append(line.rstrip())
     note = (
@@ -244,6 +262,8 @@ def _picture(report: PruningReport) -> str:
 
 
 def _bar(value: float, largest: float, width: int = 16) -> str:
+    if not largest or not math.isfinite(value):
+        return ""
     eighths = round(8 * width * value / largest)
     return "\u2588" * (eighths // 8) + ("", *"\u258f\u258e\u258d\u258c\u258b\u258a\u2589")[eighths % 8]
 
@@ -293,18 +313,32 @@ model.prune(config{", " + data if data else ""})
 ```"""
 
 
-def card_of(name: str | None, *, token: Any = None, revision: str | None = None, local_files_only: bool = False) -> str | None:
-    """README.md of a model folder or of a repository; None where there is none, or nobody to ask."""
+def card_of(name: str | None, **hub: Any) -> str | None:
+    """README.md of a model folder or of a repository; None where there is none.
+
+    Raises:
+        HfHubHTTPError, LocalEntryNotFoundError: the Hub does not say whether there is one.
+    """
     if not name:
         return None
-    if Path(name).is_dir():
-        path = Path(name) / CARD
-        return path.read_text(encoding="utf-8") if path.is_file() else None
-    try:
-        path = hf_hub_download(name, CARD, token=token, revision=revision, local_files_only=local_files_only)
-    except EntryNotFoundError:
+    path = Path(name) / CARD
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(name, CARD, **hub))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+    if not path.is_file():
         return None
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return file.read()
+
+
+def base_card(name: str | None, token: Any, local_files_only: bool) -> str | None:
+    """README.md of the dense model, or None if nobody can be asked: a card is complete without its license."""
+    try:
+        return card_of(name, token=token, local_files_only=local_files_only)
     except (HfHubHTTPError, OSError, ValueError) as error:
         logger.info(f"no card of {name}: {error}")
         return None
-    return Path(path).read_text(encoding="utf-8")
