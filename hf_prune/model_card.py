@@ -115,8 +115,10 @@ def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str]) -
 
 def _carry_over(data: ModelCardData, base: str | None) -> None:
     """License and language of the dense model, where its card can be read and this one says nothing."""
+    if base is None or not base.lstrip().startswith("---"):
+        return
     try:
-        source = ModelCard(base or "", ignore_metadata_errors=True).data
+        source = ModelCard(base, ignore_metadata_errors=True).data
     except (ValueError, TypeError, YAMLError) as error:
         logger.info(f"the card of the base model cannot be read: {error}")
         return

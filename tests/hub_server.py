@@ -19,6 +19,7 @@ class Hub:
 
     def __init__(self):
         self.repos: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.branches: dict[tuple[str, str], list[tuple[str, dict[str, bytes]]]] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.fault = None
@@ -33,7 +34,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self):
-        self.repos, self.objects, self.requests, self.fault = {}, {}, [], None
+        self.repos, self.branches, self.objects, self.requests, self.fault = {}, {}, {}, [], None
 
     def files(self, repo):
         return self.repos[repo][-1][1]
@@ -116,9 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self.answer(404, {"error": f"no such endpoint {path}"}, X_Error_Code="RepoNotFound")
 
+    def branch(self, repo, name):
+        return self.hub.repos[repo] if name == "main" else self.hub.branches.get((repo, name))
+
     def commit_of(self, repo, revision):
-        commits = self.hub.repos[repo]
-        return commits[-1] if revision == "main" else next((c for c in commits if c[0] == revision), None)
+        if branch := self.branch(repo, revision):
+            return branch[-1]
+        known = [commit for (name, _), commits in self.hub.branches.items() if name == repo for commit in commits]
+        return next((commit for commit in [*self.hub.repos[repo], *known] if commit[0] == revision), None)
 
     def repository(self, repo, rest, body):
         hub = self.hub
@@ -132,8 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
                 for f in json.loads(body)["files"]
             ]
             return self.answer(200, {"files": files})
+        if rest and rest[0] == "branch":
+            if (repo, rest[1]) in hub.branches:
+                return self.answer(409, {"error": "Reference already exists"})
+            hub.branches[repo, rest[1]] = hub.repos[repo][-1:]
+            return self.answer(200, {})
         if rest and rest[0] == "commit":
-            files = dict(hub.files(repo))
+            commits = self.branch(repo, rest[1])
+            files = dict(commits[-1][1])
             for line in body.splitlines():
                 item = json.loads(line)
                 value = item["value"]
@@ -143,8 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = hub.objects[value["oid"]]
                 elif item["key"] == "deletedFile":
                     files.pop(value["path"])
-            oid = hashlib.sha1(body + str(len(hub.repos[repo])).encode()).hexdigest()
-            hub.repos[repo].append((oid, files))
+            oid = hashlib.sha1(body + str(len(commits)).encode()).hexdigest()
+            commits.append((oid, files))
             return self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{repo}/commit/{oid}"})
         revision = rest[1] if len(rest) > 1 else "main"
         commit = self.commit_of(repo, revision)

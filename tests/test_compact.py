@@ -1,9 +1,11 @@
 """Compact folders: small, equal bit for bit, refused by loaders that do not know them; and the forms that others orphaned."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_prune
-from hf_prune import Masks, PruningConfig
+from hf_prune import Masks, PruningConfig, compact
 from hf_prune.cli import main
 from hf_prune.masks import _decode, _encode
 
@@ -135,6 +137,9 @@ DAMAGE = {
     "masks of another": lambda f: other_masks(f),
     "newer": lambda f: rewrite(values(f), version="7"),
     "link outside": lambda f: link(values(f)),
+    "one more": lambda f: shutil.copy(values(f), f / "pruning/values-99999-of-99999.safetensors"),
+    "weights beside": lambda f: make("llama", seed=1).save_pretrained(f),
+    "index elsewhere": lambda f: set_index(f, "../other.safetensors"),
 }
 
 
@@ -150,6 +155,17 @@ def link(path):
     path.symlink_to(target)
 
 
+def set_index(folder, name):
+    """As by somebody who makes the digests right again."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "pruning/pruning_config.json").read_text())
+    content = (folder / "model.safetensors.index.json").read_bytes()
+    config["files"]["model.safetensors.index.json"] = hashlib.sha256(content).hexdigest()
+    (folder / "pruning/pruning_config.json").write_text(json.dumps(config))
+
+
 def other_masks(folder):
     Masks({name: ~mask for name, mask in Masks.load(folder / "pruning").items()}).save(folder / "pruning")
 
@@ -160,11 +176,14 @@ def test_damage_is_an_error(saved, tmp_path, damage, on_mismatch):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
     damage(folder)
-    with pytest.raises((ValueError, OSError)):
-        hf_prune.load(folder, on_mismatch=on_mismatch)
-    with pytest.raises(ValueError):
-        hf_prune.expand(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    if damage is not DAMAGE["one more"]:
+        with pytest.raises((ValueError, OSError)):
+            hf_prune.load(folder, on_mismatch=on_mismatch)
+        with pytest.raises(ValueError):
+            hf_prune.expand(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    else:  # a file that nobody named is not read
+        assert same(hf_prune.load(folder, on_mismatch=on_mismatch), snapshot(pruned()))
 
 
 def test_values_of_another_mask_are_named(saved, tmp_path):
@@ -180,6 +199,52 @@ def test_values_of_another_mask_are_named(saved, tmp_path):
     (folder / "pruning/pruning_config.json").write_text(json.dumps({**config, "masks": masks.digest()}))
     with pytest.raises(Exception, match=r"up_proj.weight: .* values, but its mask keeps"):
         hf_prune.load(folder)
+
+
+def test_weights_from_elsewhere_are_refused(tmp_path):
+    """A stranger's folder that names other weights than those that are checked."""
+    pruned(family="llama").save_pretrained(tmp_path / "model")
+    make("llama", seed=1).save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "transformers_weights": "../other/model.safetensors"}))
+    with pytest.raises((ValueError, OSError)):
+        hf_prune.load(tmp_path / "model")
+
+
+def test_threads(saved):
+    from transformers import modeling_utils
+
+    before, expected = modeling_utils.safe_open, snapshot(pruned())
+    with ThreadPoolExecutor(4) as pool:
+        assert all(same(model, expected) for model in pool.map(lambda i: hf_prune.load(saved), range(8)))
+    assert modeling_utils.safe_open is before
+
+
+def test_names_that_end_like_our_own(tmp_path):
+    (tmp_path / "pruning").mkdir()
+    half = torch.randn(8, 16) * (torch.arange(16) % 4 < 2)
+    tensors = {"z:bits": torch.randn(4), "b": half}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    compact.compress(tmp_path, tmp_path / "pruning", Masks())
+    files = compact.CompactFiles((tmp_path / "pruning").glob("*"), Masks())
+    assert set(files.keys()) == set(tensors) and all(torch.equal(files.get_tensor(k), v) for k, v in tensors.items())
+    save_file({"b": half, "b:bits": torch.randn(4)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=":bits"):
+        compact.compress(tmp_path, tmp_path / "pruning", Masks())
+
+
+def test_expand_follows_no_link(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (tmp_path / "secret").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"notes.txt is a link"):
+        hf_prune.expand(folder, tmp_path / "out")
+    (folder / "notes.txt").unlink()
+    (folder / "logs").mkdir()
+    (folder / "logs/a.txt").write_text("kept")
+    hf_prune.expand(folder, tmp_path / "out")
+    assert (tmp_path / "out/logs/a.txt").read_text() == "kept"
 
 
 def test_codes_hold_every_mask_of_two_in_four():
@@ -257,6 +322,16 @@ def test_orphaned_checkpoints_that_cannot_be_read(tmp_path):
     (tmp_path / "fp8/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="quantized as well"):
         hf_prune.expand(tmp_path / "fp8", tmp_path / "new")
+    legacy(tmp_path / "scalar", "sparse-bitmask")
+    more = {**load_file(tmp_path / "scalar/model.safetensors"), "model.layers.0.input_scale": torch.tensor(1.0)}
+    save_file(more, tmp_path / "scalar/model.safetensors", {"format": "pt"})
+    save_file({k: v * 0 for k, v in more.items()}, tmp_path / "scalar/model.zzz.safetensors", {"format": "pt"})
+    hf_prune.expand(tmp_path / "scalar", tmp_path / "with-scalar")
+    assert load_file(tmp_path / "with-scalar/model.safetensors")["model.layers.0.input_scale"] == 1
+    for content in ("[]", "{"):
+        (tmp_path / "scalar/config.json").write_text(content)
+        with pytest.raises(ValueError, match="config.json cannot be read"):
+            hf_prune.expand(tmp_path / "scalar", tmp_path / "new")
     make("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="is no compact folder"):
         hf_prune.expand(tmp_path / "dense", tmp_path / "new")

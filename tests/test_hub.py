@@ -1,12 +1,15 @@
 """Push and pull over HTTP, against the Hub of `hub_server`; model cards."""
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
+from hub_server import TOKEN
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -136,11 +139,74 @@ def test_without_a_token(hub, monkeypatch):
     assert not hub.repos
 
 
-def test_branches_and_dense_models(hub):
-    make("llama").push_to_hub("dense")
+def test_dense_models_and_wrong_arguments(hub, tmp_path):
+    dense = make("llama")
+    dense.push_to_hub("dense")
     assert hf_prune.load("tester/dense").pruning_masks is None
+    with pytest.raises(ValueError, match="prune it first"):
+        dense.push_to_hub("dense", compact=True)
     with pytest.raises(TypeError, match="by name"):
         pruned().push_to_hub("x", "a message")
+    dense.save_pretrained(tmp_path / "dense", True)
+    model = pruned()
+    model.save_pretrained(tmp_path / "other", False)  # another process saves
+    assert not (tmp_path / "other/pruning").exists()
+    model.save_pretrained(tmp_path / "sparse", True)
+    hf_prune.load(tmp_path / "sparse")
+
+
+def test_a_branch_begins_with_the_card_of_main(hub):
+    model = pruned()
+    model.push_to_hub("repo")
+    edit(hub, "tester/repo", lambda text: text + b"\nEdited on the Hub.\n")
+    model.push_to_hub("repo", revision="sparse")
+    files = hub.branches["tester/repo", "sparse"][-1][1]
+    assert b"Edited on the Hub." in files["README.md"]
+    assert same(hf_prune.load("tester/repo", revision="sparse"), snapshot(model))
+
+
+def edit(hub, repo, change):
+    files = dict(hub.files(repo))
+    files["README.md"] = change(files["README.md"])
+    hub.repos[repo].append((f"{len(hub.repos[repo]):040x}", files))
+
+
+def test_edits_on_the_hub_survive_or_nothing_is_pushed(hub, tmp_path, monkeypatch):
+    model = pruned()
+    model.push_to_hub("repo")
+    edit(hub, "tester/repo", lambda text: text + b"\nEdited on the Hub.\n")
+    model.push_to_hub("repo")
+    assert b"Edited on the Hub." in hub.files("tester/repo")["README.md"]
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    before = len(hub.commits("tester/repo"))
+    hub.fault = lambda method, path: 503 if path.endswith("README.md") else None
+    with pytest.raises((HfHubHTTPError, OSError)):
+        model.push_to_hub("repo")
+    assert len(hub.commits("tester/repo")) == before
+
+
+def test_a_token_is_in_no_pickle(hub):
+    pruned().push_to_hub("repo")
+    model = AutoModelForCausalLM.from_pretrained("tester/repo", token=TOKEN)
+    assert TOKEN.encode() not in pickle.dumps(model)
+    assert model.pruning_masks and copy.deepcopy(model).pruning_masks
+
+
+def test_an_adapter_leaves_the_masks(hub, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = pruned()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    model.push_to_hub("adapter")
+    assert model.pruning_masks and "adapter_model.safetensors" in hub.files("tester/adapter")
+    with pytest.raises(ValueError, match="adapter"):
+        model.save_pretrained(tmp_path, compact=True)
+
+
+def test_loading_info_comes_along(tmp_path):
+    for compact in (False, True):
+        pruned().save_pretrained(tmp_path, compact=compact)
+        model, info = hf_prune.load(tmp_path, output_loading_info=True)
+        assert model.pruning_masks and not info["missing_keys"]
 
 
 def test_card(tmp_path):
@@ -168,7 +234,7 @@ def test_edits_survive(tmp_path):
     model.pruning_report.add_perplexity("Some text", Perplexity(45.678, 1000, 10, 101, 101, False))
     model.save_pretrained(tmp_path)
     path = tmp_path / "README.md"
-    text = path.read_text().replace("\n---\n\n#", "\nlicense: mit\nlanguage: en\n---\n\nMy own introduction.\n\n#")
+    text = path.read_text().replace("\n---\n", "\nlicense: mit\nlanguage: en\n---\n\nMy own introduction.\n")
     text = text.replace("<!-- hf_prune:begin", "And a word before.\n\n<!-- hf_prune:begin") + "\nAnd after.\n"
     path.write_text(text.replace("- pruned\n", "- pruned\n- mine\n"))
     model.pruning_report.add_perplexity("Some text", Perplexity(50.0, 1000, 10, 101, 101, False))
@@ -189,6 +255,39 @@ def test_a_card_without_our_section_gets_it_at_the_end(tmp_path):
     pruned().save_pretrained(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text.strip()
     assert text.startswith("# Mine\n\nText.\n\n<!-- hf_prune:begin") and text.endswith("hf_prune:end -->")
+
+
+def test_what_was_measured_before_is_gone(tmp_path):
+    model = pruned()
+    model.pruning_report.add_perplexity("Some text", Perplexity(45.678, 1000, 10, 101, 101, False))
+    model.save_pretrained(tmp_path)
+    model.prune(PruningConfig(method="magnitude", pattern="1:4"))
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert not card.data.eval_results and "2:4" not in card.data.tags and "wanda" not in card.data.tags
+    assert "pruned to 1:4" in card.text and "pruned to 2:4" not in card.text
+
+
+def test_cards_of_all_kinds(tmp_path):
+    model, path = pruned(), tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    path.write_text(path.read_text().replace("<!-- hf_prune:end -->", "") + "\nWritten where the end was deleted.\n")
+    for _ in range(3):
+        model.save_pretrained(tmp_path)
+    assert path.read_text().count("Written where the end was deleted.") == 1
+    path.write_bytes(b"Latin-1: caf\xe9\r\n")
+    model.save_pretrained(tmp_path)
+    assert b"caf\xe9\r\n" in path.read_bytes() and b"hf_prune:begin" in path.read_bytes()
+    model.pruning_report.blocks[0].error = float("nan")
+    model.save_pretrained(tmp_path)
+    assert "nan" in path.read_text(encoding="latin-1")
+
+
+def test_expand_writes_the_card_anew(tmp_path):
+    pruned().save_pretrained(tmp_path / "compact", compact=True)
+    hf_prune.expand(tmp_path / "compact", tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "Compact: weights" not in text and "from_pretrained` loads it as well" in text
 
 
 def test_a_broken_card_does_not_stop_a_save(tmp_path):
@@ -246,6 +345,20 @@ def test_trainer_pushes_masks_and_card(hub, tmp_path, strategy):
         assert len(hub.commits(repo)) >= 3
         hf_prune.load(repo, revision=hub.commits(repo)[-2])
     assert hf_prune.load(tmp_path / "out").pruning_masks
+
+
+def test_a_push_that_trainer_leaves_out_changes_nothing(hub, tmp_path):
+    """hub_strategy="end" saves checkpoints without a push: the older model in the output folder stays one."""
+    model = pruned()
+    model.save_pretrained(tmp_path / "out")
+    args = TrainingArguments(
+        tmp_path / "out", push_to_hub=True, hub_strategy="end", hub_model_id="tester/end", max_steps=2, save_steps=1,
+        report_to=[], use_cpu=True,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in ids_for(16)]
+    Trainer(model, args, train_dataset=data, callbacks=[KeepMasksCallback()]).train()
+    hf_prune.load(tmp_path / "out")
+    hf_prune.load(tmp_path / "out/checkpoint-2")
 
 
 def test_keep_masks_needs_masks(tmp_path):
