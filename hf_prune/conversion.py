@@ -84,9 +84,12 @@ def _config_of(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json.")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as the config of a model: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} cannot be read as the config of a model: it holds a {type(config).__name__}.")
+    return config
 
 
 def _write(folder: Path, files: Any, plan: list[list[str]]) -> None:

@@ -186,7 +186,8 @@ def _repository(name: str, token: Any, hub: dict[str, Any]) -> str:
 
 def _newer_card(local: str | None, repo: str, token: Any, revision: str | None) -> str | None:
     """The card to go on from: that of the folder, else that of the Hub."""
-    there = card_of(repo, token=token, revision=revision)
+    newest = HfApi().model_info(repo, revision=revision, token=token).sha  # a card of before may be cached
+    there = card_of(repo, token=token, revision=newest)
     if local is None or there is None:
         return local or there
     if without_section(local) != without_section(there):

@@ -138,7 +138,7 @@ DAMAGE = {
     "newer": lambda f: rewrite(values(f), version="7"),
     "link outside": lambda f: link(values(f)),
     "one more": lambda f: shutil.copy(values(f), f / "pruning/values-99999-of-99999.safetensors"),
-    "weights beside": lambda f: make("llama", seed=1).save_pretrained(f),
+    "weights beside": lambda f: dense_weights(f),
     "index elsewhere": lambda f: set_index(f, "../other.safetensors"),
 }
 
@@ -153,6 +153,11 @@ def link(path):
     target = path.parents[2] / "outside"
     shutil.move(path, target)
     path.symlink_to(target)
+
+
+def dense_weights(folder):
+    make("llama", seed=1).save_pretrained(folder.parent / "dense")
+    shutil.copy(folder.parent / "dense/model.safetensors", folder)
 
 
 def set_index(folder, name):
