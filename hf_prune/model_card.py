@@ -30,6 +30,7 @@ BEGIN = "<!-- hf_prune:begin, replaced when the model is saved; write above or b
 END = "<!-- hf_prune:end -->"
 
 _SECTION = re.compile(r"<!-- hf_prune:begin(?:(?!hf_prune:begin).)*?hf_prune:end -->", re.S)
+_METADATA = re.compile(r"\A\s*---\r?\n.*?\n---\r?\n", re.S)
 _TITLES = {"sparsegpt": "SparseGPT", "gblm": "GBLM", "ria": "RIA", "wanda": "Wanda"}
 
 
@@ -87,8 +88,8 @@ def _card(text: str | None) -> ModelCard:
 
 
 def without_section(text: str) -> str:
-    """What the owner of a card wrote."""
-    return _SECTION.sub("", _card(text).text).strip()
+    """The text of a card that its owner wrote, without metadata."""
+    return _SECTION.sub("", _METADATA.sub("", text)).strip()
 
 
 _METRIC = "perplexity, measured by hf_prune"
@@ -100,7 +101,6 @@ def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str]) -
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
     pattern, method = report.config["pattern"], report.config["method"]
-    more = [more] if isinstance(more, str) else more
     tags = ["pruned", "sparse", "hf_prune", method, *([pattern] if ":" in pattern else []), *more]
     others = [tag for tag in data.tags or [] if tag not in REGISTRY and not _OURS.fullmatch(tag)]
     data.tags = [*others, *(tag for tag in dict.fromkeys(tags) if tag not in others)]
