@@ -1,8 +1,8 @@
 """Norms of gradients of single samples or single tokens, streamed: each is added to its weight's sum as soon as it exists.
 
 A token's gradient is the outer product of two vectors, so all of them are added in one matrix product of their squares, in the
-place of the one that makes a sample's gradient. Owns the backward passes over the dense model (GBLM, arXiv 2311.04902) and over one block (Wanda++, arXiv 2503.04992). What the
-sums are used for is the method's business.
+place of the one that makes a sample's gradient. Owns the backward passes over the dense model (GBLM, arXiv 2311.04902) and over
+one block (Wanda++, arXiv 2503.04992). What the sums are used for is the method's business.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def _streamed(
             alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
             for name, linear in alone.items():
                 norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
-                hook = linear.module.register_forward_hook(partial(_listen, partial(norm.update_tokens, scale=scale)))
-                stack.callback(hook.remove)
+                take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale))
+                stack.callback(linear.module.register_forward_hook(take_tokens, with_kwargs=True).remove)
             for name, parameter in parameters.items():
                 if name in alone:
                     continue
@@ -112,8 +112,9 @@ def _streamed(
                 parameter.grad = gradient
 
 
-def _listen(take: Callable[[Tensor, Tensor], None], module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return _TokenGradients.apply(output, args[0].detach(), take)
+def _listen(take: Callable[[Tensor, Tensor], None], module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
+    return _TokenGradients.apply(output, x.detach(), take)
 
 
 class _TokenGradients(torch.autograd.Function):

@@ -234,6 +234,16 @@ def test_gblm_gradients_of_tokens(family, name, order):
     assert all(p.requires_grad and not p._backward_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gblm_hears_every_weight(family):
+    from hf_prune.gradients import model_gradients
+
+    model = make(family)
+    decoder = Decoder(model)
+    norms = model_gradients(model, decoder.blocks, decoder.linears, list(ids_for(3)), 2, by_token=True)
+    assert all(norm.sum.any() for norm in norms.values())
+
+
 def test_groups_overrides_and_globs(llama):
     config = config_for("wanda", "2:4", exclude=["*.q_proj"], overrides={"*.mlp.*": "4:8", "*.down_proj": 0.75})
     report = llama.prune(config, ids_for())

@@ -2,8 +2,9 @@
 
 The authors' code adds ||X_j||_2 / sqrt(N) and 100 * G with G a sum over the N samples: what the 100 means depends on N and on the
 sequence length (with 32 x 512 tokens it changes 0.4 % of Wanda's mask). Our default multiplies instead: a weighted geometric
-mean has no unit, and a row whose gradients are all large or all small is compared as any other. And its norm is over tokens:
-a sample's gradient is a sum in which the tokens' cancel at random, so that a few dozen samples make a noisy norm. "paper" is theirs.
+mean has no unit, and a row whose gradients are all large or all small is compared as any other. And its norm is over tokens: a
+sample's gradient is a sum in which those of its tokens cancel at random, and of a few dozen such sums the norm is noisy. "paper"
+is theirs.
 """
 
 from dataclasses import dataclass
