@@ -101,7 +101,7 @@ journal, folder = sys.argv[1:]
 
 def work(compact=False):
     torch.set_num_threads(1)
-    m = make("llama", num_hidden_layers=6, hidden_size=128, intermediate_size=384)
+    m = make("llama", num_hidden_layers=4, hidden_size=128, intermediate_size=256)
     m.prune(PruningConfig(**CONFIG), ids_for(), resume_dir=journal)
     m.save_pretrained(folder, compact=compact)
     return m
