@@ -87,10 +87,11 @@ def test_shards_and_dtype_on_load(saved):
 
 
 def test_plain_transformers_says_what_to_do(saved):
-    for prelude in ("import sys; sys.modules['hf_prune'] = None", "import hf_prune"):
-        code = f"{prelude}\nfrom transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(saved)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 1 and "load_with_hf_prune.load" in done.stderr.splitlines()[-1]
+    with pytest.raises(OSError, match="load_with_hf_prune.load"):
+        AutoModelForCausalLM.from_pretrained(saved)
+    code = f"from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({str(saved)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "load_with_hf_prune.load" in done.stderr.splitlines()[-1]
 
 
 def test_saving_again(saved, tmp_path):
@@ -348,9 +349,9 @@ def test_orphaned_checkpoints_that_cannot_be_read(tmp_path):
 
 
 def test_loading_takes_one_model_and_a_little(tmp_path):
-    model = pruned(dtype=torch.bfloat16, hidden_size=1024, intermediate_size=4096, num_hidden_layers=12, vocab_size=64)
+    model = pruned(dtype=torch.bfloat16, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=64)
     total = sum(p.nbytes for p in model.parameters())
-    model.save_pretrained(tmp_path, compact=True, max_shard_size="60MB")
+    model.save_pretrained(tmp_path, compact=True, max_shard_size="20MB")
     del model
 
     def resident(key):
@@ -364,5 +365,5 @@ def test_loading_takes_one_model_and_a_little(tmp_path):
     except OSError:
         pytest.skip("the system does not count the highest memory anew")
     again = hf_prune.load(tmp_path, dtype="auto")
-    assert sum(p.nbytes for p in again.parameters()) == total > 300e6
-    assert resident("VmHWM") - before < 1.6 * total + 60e6  # the files are mapped, and count while they are read
+    assert sum(p.nbytes for p in again.parameters()) == total > 90e6
+    assert resident("VmHWM") - before < 1.6 * total + 40e6  # the files are mapped, and count while they are read
