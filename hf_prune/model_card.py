@@ -189,7 +189,6 @@ def _how(report: PruningReport) -> str:
         ("sparsity of the pruned linears", f"{report.sparsity:.4f}"),
         ("sparsity of all parameters", f"{report.model_sparsity:.4f}"),
         ("calibration", _calibration(report)),
-        ("time", f"{report.seconds:.1f} s" if report.seconds else ""),
         ("peak memory", f"{report.peak_memory / 2**30:.2f} GiB" if report.peak_memory else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
