@@ -47,7 +47,7 @@ def model_gradients(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         scale = 1 / _FP16_SCALE if half else 1.0
-        stack.enter_context(_streamed(model, parameters, norms, scale, linears if by_token else []))
+        stack.enter_context(_streamed(model, parameters, norms, scale, linears if by_token else [], checkpointing))
         if by_token:  # no parameter may need a gradient, yet what follows the embedding does
             hook = model.get_input_embeddings().register_forward_hook(lambda m, args, x: x.detach().requires_grad_().clone())
             stack.callback(hook.remove)
@@ -77,7 +77,12 @@ def block_gradients(
 
 @contextlib.contextmanager
 def _streamed(
-    owner: nn.Module, parameters: dict[str, nn.Parameter], norms: dict[str, GradientNorm], scale: float, by_token: list[Linear]
+    owner: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    norms: dict[str, GradientNorm],
+    scale: float,
+    by_token: list[Linear],
+    checkpointed: bool = False,
 ) -> Iterator[None]:
     """Only `parameters` get gradients, and those go into `norms` at once; all flags and gradients are as before afterwards.
 
@@ -97,7 +102,7 @@ def _streamed(
             alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
             for name, linear in alone.items():
                 norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
-                take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale))
+                take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale), checkpointed)
                 stack.callback(linear.module.register_forward_hook(take_tokens, with_kwargs=True).remove)
             for name, parameter in parameters.items():
                 if name in alone:
@@ -112,13 +117,18 @@ def _streamed(
                 parameter.grad = gradient
 
 
-def _listen(take: Callable[[Tensor, Tensor], None], module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    x = args[0] if args else next(iter(kwargs.values()))
-    return _TokenGradients.apply(output, x.detach(), take)
+def _listen(
+    take: Callable[[Tensor, Tensor], None], checkpointed: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+) -> Tensor:
+    x = (args[0] if args else next(iter(kwargs.values()))).detach()
+    if checkpointed:
+        return _TokenGradients.apply(output, x, take)
+    output.register_hook(lambda gradient: take(gradient.flatten(0, -2), x.flatten(0, -2)))  # holds what autograd would
+    return output
 
 
 class _TokenGradients(torch.autograd.Function):
-    """Hands a linear's input and its output's gradient to `take`, and changes neither; checkpoints recompute the input."""
+    """Hands a linear's input and its output's gradient to `take`; a checkpoint recomputes the input, instead of holding it."""
 
     @staticmethod
     def forward(ctx, output: Tensor, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
