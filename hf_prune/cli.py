@@ -114,7 +114,7 @@ def _prune(args) -> int:
         raise ValueError(f"{args.output} is a file, not a folder.")
     model, tokenizer = _load(args)
     print(model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir))
-    model.save_pretrained(args.output, **({"compact": True} if args.compact else {}))
+    model.save_pretrained(args.output, compact=args.compact)
     tokenizer.save_pretrained(args.output)
     print(f"saved to {args.output}")
     return 0

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import modeling_utils
 
-from .masks import FORMAT_VERSION, Masks, bit_patterns, check_version
+from .masks import FORMAT_VERSION, Masks, bit_patterns, check_version, pack, unpack
 
 
 SIGN = "COMPACT_FOLDER--load_with_hf_prune.load--or_make_ordinary_with--hf-prune_expand_FOLDER_OUT.safetensors"
@@ -82,7 +82,7 @@ def _kept(tensor: Tensor, packed: numpy.ndarray | None) -> tuple[Tensor, Tensor 
         values = numpy.concatenate([raw[start:][where] for start, where in _positions(packed, tensor.shape)])
         if numpy.count_nonzero(values) == numpy.count_nonzero(raw):  # else a pruned weight is -0.0
             return torch.from_numpy(values).view(tensor.dtype), None
-    bits = numpy.packbits((raw != 0).reshape(tensor.shape), axis=-1, bitorder="little")
+    bits = pack((raw != 0).reshape(tensor.shape))
     values = raw[raw != 0]
     if values.nbytes + bits.nbytes > 0.9 * raw.nbytes:
         return tensor, None
@@ -115,8 +115,7 @@ def _positions(packed: numpy.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[
     rows = packed.reshape(-1, packed.shape[-1])
     step = max(1, _PIECE // width)
     for i in range(0, len(rows), step):
-        bits = numpy.unpackbits(rows[i : i + step], axis=-1, count=width, bitorder="little")
-        yield i * width, bits.reshape(-1).view(numpy.bool_).nonzero()[0]  # without a branch per bit, as of bool only
+        yield i * width, unpack(rows[i : i + step], width).reshape(-1).nonzero()[0]  # of bool it needs no branch per bit
 
 
 class CompactFiles:

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
@@ -24,7 +23,7 @@ from transformers.utils import logging
 from .atomic import replaced_folder
 from .compact import INDEX, CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
-from .masks import Masks
+from .masks import Masks, unpack
 from .model_card import card_of, write_card
 from .serialization import FOLDER, PruningState, check_inside, is_replaced
 
@@ -159,8 +158,7 @@ class _Legacy(contextlib.ExitStack):
         """Its bits as masks."""
         masks = Masks()
         for name, bits in self.bits.items():
-            kept = numpy.unpackbits(bits, axis=-1, count=self._shapes[name][-1], bitorder="little")
-            masks[name] = torch.from_numpy(kept).bool()
+            masks[name] = torch.from_numpy(unpack(bits, self._shapes[name][-1]))
         return masks
 
     def _names(self) -> list[str]:

@@ -123,7 +123,7 @@ def _listen(
     x = (args[0] if args else next(iter(kwargs.values()))).detach()
     if checkpointed:
         return _TokenGradients.apply(output, x, take)
-    output.register_hook(lambda gradient: take(gradient.flatten(0, -2), x.flatten(0, -2)))  # holds what autograd would
+    output.register_hook(lambda gradient: take(gradient, x))  # holds what autograd would
     return output
 
 
@@ -139,7 +139,7 @@ class _TokenGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.take(gradient.flatten(0, -2), x.flatten(0, -2))
+        ctx.take(gradient, x)
         return gradient, None, None
 
 

@@ -40,13 +40,11 @@ class Masks(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, mask: Tensor) -> None:
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask of {name} must be bool with True = kept, got {mask.dtype}.")
-        packed = numpy.packbits(mask.detach().cpu().numpy(), axis=-1, bitorder="little")
-        self._packed[name] = packed, tuple(mask.shape)
+        self._packed[name] = pack(mask.detach().cpu().numpy()), tuple(mask.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape = self._packed[name]
-        bits = numpy.unpackbits(packed, axis=-1, count=shape[-1], bitorder="little")
-        return torch.from_numpy(bits.view(numpy.bool_))
+        return torch.from_numpy(unpack(packed, shape[-1]))
 
     def __delitem__(self, name: str) -> None:
         del self._packed[name]
@@ -98,8 +96,7 @@ class Masks(MutableMapping[str, Tensor]):
         found = {}
         for name, parameter in self.parameters_of(model).items():
             if parameter.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
-                bits = numpy.packbits(bit_patterns(parameter) != 0, axis=-1, bitorder="little")
-                if not (bits & ~self.packed(name)).any():
+                if not (pack(bit_patterns(parameter) != 0) & ~self.packed(name)).any():
                     continue
             if count := int(((parameter != 0) & ~self[name].to(parameter.device)).count_nonzero()):
                 found[name] = count
@@ -131,9 +128,9 @@ class Masks(MutableMapping[str, Tensor]):
             total.update(numpy.ascontiguousarray(packed))
         return total.hexdigest()
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path) -> str:
         """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter, or (bytes,) if `coded`; shapes,
-        patterns and digest beside."""
+        patterns and digest beside. Returns the digest."""
         tensors = {name: packed for name, (packed, _) in self._packed.items()}
         coded = {name: codes for name, packed in tensors.items() if (codes := _encode(packed, self.shape(name))) is not None}
         metadata = {
@@ -145,10 +142,11 @@ class Masks(MutableMapping[str, Tensor]):
             "digest": self.digest(),
         }
         save_file({**tensors, **coded}, Path(folder) / MASK_FILE, metadata)
+        return metadata["digest"]
 
     @classmethod
-    def load(cls, folder: str | Path) -> Masks:
-        """Reads what `save` wrote.
+    def load(cls, folder: str | Path, digest: str | None = None) -> Masks:
+        """Reads what `save` wrote, and gave `digest` for, if that is known.
 
         Raises:
             ValueError: not a mask file, of a newer version, truncated, changed since, or with contents that contradict
@@ -176,11 +174,23 @@ class Masks(MutableMapping[str, Tensor]):
                     masks._packed[name] = packed, shape
                 if masks.digest() != metadata["digest"]:
                     raise ValueError(f"{path} is damaged: its masks are not those that were saved (digest differs).")
+                if digest not in (None, metadata["digest"]):
+                    raise ValueError(f"{path} is not the file that was saved with this model: its digest differs.")
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} cannot be read as masks of hf_prune: {error!r}.") from error
         return masks
+
+
+def pack(bits: numpy.ndarray) -> numpy.ndarray:
+    """uint8 (..., ceil(in / 8)) of bool (..., in), the first in the lowest bit."""
+    return numpy.packbits(bits, axis=-1, bitorder="little")
+
+
+def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:
+    """The bool (..., width) that `pack` was given."""
+    return numpy.unpackbits(packed, axis=-1, count=width, bitorder="little").view(numpy.bool_)
 
 
 _PAIRS = numpy.array([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], numpy.uint8)  # the ways to keep 2 of 4

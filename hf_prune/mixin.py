@@ -147,16 +147,16 @@ def install() -> None:
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
         `save_pretrained`."""
-        if kwargs.get("compact"):
-            _check_compact(self, _state_to_save(self), None)
-        kwargs = {key: value for key, value in kwargs.items() if key != "compact" or value}
-        if getattr(self.config, "pruning_config", None) is None or not _state_to_save(self):
+        compact, state = kwargs.pop("compact", False), _state_to_save(self)
+        if compact:
+            _check_compact(self, state, None)
+        if not state:
             return original_push(self, repo_id, *args, **kwargs)
         if args:
             raise TypeError("push_to_hub of a pruned model takes all arguments but repo_id by name.")
         kwargs.pop("use_temp_dir", None)
         with tempfile.TemporaryDirectory() as folder:
-            return self.save_pretrained(Path(folder) / "model", push_to_hub=True, repo_id=repo_id, **kwargs)
+            return self.save_pretrained(Path(folder) / "model", push_to_hub=True, repo_id=repo_id, compact=compact, **kwargs)
 
     @functools.wraps(original_load)
     def from_pretrained(cls, *args, **kwargs):

@@ -72,14 +72,14 @@ class PruningState:
         """Writes `folder`/pruning, for the weight files that are in `folder` by now."""
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
-        self.masks.save(target)
+        digest = self.masks.save(target)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
         weights += target.glob("values-*.safetensors")
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
             "report": self.report.to_dict() if self.report else None,
-            "masks": self.masks.digest(),
+            "masks": digest,
             "files": {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(weights)},
         }
         (target / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
@@ -109,10 +109,7 @@ class PruningState:
             config["method"], config["pattern"]  # noqa: B018 - without them it is no config of ours
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / CONFIG_FILE} cannot be read as the config of a pruned model: {error!r}.") from error
-        masks = Masks.load(path)
-        if masks.digest() != digest:
-            raise ValueError(f"{path / MASK_FILE} is not the file that was saved with {CONFIG_FILE}: its digest differs.")
-        state = cls(masks, config, report, files)
+        state = cls(Masks.load(path, digest), config, report, files)
         state.folder = Path(folder)
         return state
 

@@ -123,8 +123,8 @@ class GradientNorm:
         self.samples += 1
 
     def update_tokens(self, gradient: Tensor, x: Tensor, scale: float = 1.0) -> None:
-        """Adds every token's gradient, the outer products of `gradient` (tokens, out) times `scale` with `x` (tokens, in)."""
-        left, right = gradient.float() * scale, x.float()
+        """Adds every token's gradient, the outer products of `gradient` (..., out) times `scale` with `x` (..., in)."""
+        left, right = gradient.flatten(0, -2).float() * scale, x.flatten(0, -2).float()
         left, right = (left.abs(), right.abs()) if self.order == 1 else (left.square_(), right.square())
         self.sum.addmm_(left.t(), right)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make, same, snapshot
 from safetensors.torch import load_file, save_file
+from test_integrity import elsewhere, flip
 from transformers import AutoModelForCausalLM
 
 import hf_prune
@@ -137,22 +138,10 @@ DAMAGE = {
     "masks missing": lambda f: (f / "pruning/masks.safetensors").unlink(),
     "masks of another": lambda f: other_masks(f),
     "newer": lambda f: rewrite(values(f), version="7"),
-    "link outside": lambda f: link(values(f)),
+    "link outside": lambda f: elsewhere(values(f)),
     "weights beside": lambda f: dense_weights(f),
     "index elsewhere": lambda f: set_index(f, "../other.safetensors"),
 }
-
-
-def flip(path, where):
-    data = bytearray(path.read_bytes())
-    data[int(len(data) * where) if isinstance(where, float) else where] ^= 0x5A
-    path.write_bytes(data)
-
-
-def link(path):
-    target = path.parents[2] / "outside"
-    shutil.move(path, target)
-    path.symlink_to(target)
 
 
 def dense_weights(folder):

@@ -229,6 +229,13 @@ def test_card(tmp_path):
     assert again.pruning_report.evaluations == report.evaluations
 
 
+def test_a_measured_latency_is_in_the_card(tmp_path):
+    model = pruned()
+    model.pruning_report.add_timing("decode, batch 1", 0.002, 0.001, "a machine")
+    model.save_pretrained(tmp_path)
+    assert "| decode, batch 1 | 2.00 ms | 1.00 ms | a machine |" in (tmp_path / "README.md").read_text()
+
+
 def test_edits_survive(tmp_path):
     model = pruned()
     model.pruning_report.add_perplexity("Some text", Perplexity(45.678, 1000, 10, 101, 101, False))
