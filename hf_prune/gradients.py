@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .blocks import Block, Call, Linear, _replaced
+from .calibration import batches_of
 from .statistics import GradientNorm
 
 
-_FP16_SCALE = 2.0**10  # gradients of a mean loss over thousands of tokens underflow in fp16
+_BATCH_TOKENS = 1024  # of samples whose gradients need not be told apart
 
 
 def model_gradients(
@@ -43,11 +44,10 @@ def model_gradients(
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
     norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
     device = model.get_input_embeddings().weight.device
-    half = next(iter(parameters.values())).dtype == torch.float16
+    longest = max(map(len, samples)) - 1  # the loss is a mean, but its gradient is made larger, lest it underflows in fp16
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        scale = 1 / _FP16_SCALE if half else 1.0
-        stack.enter_context(_streamed(model, parameters, norms, scale, linears if by_token else [], checkpointing))
+        stack.enter_context(_streamed(model, parameters, norms, 1 / longest, linears if by_token else [], checkpointing))
         if by_token:  # no parameter may need a gradient, yet what follows the embedding does
             hook = model.get_input_embeddings().register_forward_hook(lambda m, args, x: x.detach().requires_grad_().clone())
             stack.callback(hook.remove)
@@ -55,9 +55,11 @@ def model_gradients(
             for block in blocks:
                 forward = partial(checkpoint, block.module.forward, use_reentrant=False)
                 stack.enter_context(_replaced(block.module, "forward", forward))
-        for ids in tqdm(samples, desc="gradients", unit="sample"):
-            logits = model(input_ids=ids[None].to(device), use_cache=False).logits
-            logits.backward(_loss_gradient(logits, ids, _FP16_SCALE if half else 1.0))
+        together = by_token and all(linear.expert is None for linear in linears)
+        batches = batches_of(samples, _BATCH_TOKENS) if together else [ids[None] for ids in samples]
+        for ids in tqdm(batches, desc="gradients", unit="batch"):
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+            logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
             del logits
     return _finished(norms, len(samples))
 
@@ -144,20 +146,21 @@ class _TokenGradients(torch.autograd.Function):
 
 
 def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """Gradient of the mean next-token cross-entropy of `ids` (length,) with respect to `logits` (1, length, vocabulary).
+    """Gradient of `scale` times the summed next-token cross-entropy of `ids` (samples, length), with respect to `logits` (samples,
+    length, vocabulary).
 
     softmax - one-hot, written over the logits themselves where the backward pass does not need them: autograd would keep
     three more buffers of that size, and with a large vocabulary they are the peak.
     """
     own = type(logits.grad_fn).__name__ in _KEEP_NO_OUTPUT  # were it wrong, autograd would refuse, not err
     gradient = logits.detach() if own else logits.detach().clone()
-    targets = ids[1:].to(logits.device)
-    count = len(targets)
-    for piece in gradient[0].split(128):
-        piece.copy_(piece.float().softmax(dim=-1).mul_(scale / count))
-    gradient[0, torch.arange(count, device=logits.device), targets] -= scale / count
-    gradient[0, count:] = 0
-    return gradient
+    count = ids.shape[1] - 1
+    for rows, targets in zip(gradient, ids[:, 1:].to(logits.device)):
+        for piece in rows.split(128):
+            torch.softmax(piece, dim=-1, out=piece)
+        rows[torch.arange(count, device=logits.device), targets] -= 1.0
+        rows[count:] = 0
+    return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
 _KEEP_NO_OUTPUT = {"UnsafeViewBackward0", "MmBackward0"}

@@ -40,7 +40,7 @@ class Masks(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, mask: Tensor) -> None:
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask of {name} must be bool with True = kept, got {mask.dtype}.")
-        self._packed[name] = pack(mask.detach().cpu().numpy()), tuple(mask.shape)
+        self._packed[name] = pack(mask.detach().cpu().contiguous().numpy()), tuple(mask.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape = self._packed[name]

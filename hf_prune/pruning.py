@@ -108,7 +108,7 @@ def prune_model(
                 masks, blocks = prune_blocks(
                     plan,
                     batches,
-                    probe=sequences[0][None, :128],
+                    probe=sequences[0][None, :64],
                     store=None if store is None else torch.device(store),
                     gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
                     journal=journal,

@@ -27,7 +27,7 @@ from .statistics import GradientNorm
 
 logger = logging.get_logger(__name__)
 
-_SAMPLE = 64  # tokens on which the error of a linear is measured
+_SAMPLE = 32  # tokens on which the error of a linear is measured
 
 
 @dataclass
@@ -262,7 +262,8 @@ class _BlockWork:
         for linear, weight, result in zip(linears, weights, results):
             error = None
             if sample is not None:
-                error = _relative(sample @ (weight - result.weight).t(), sample @ weight.t())
+                before = sample @ weight.t()
+                error = _relative(before - sample @ result.weight.t(), before)
             plan.before_change(linear.parameter)
             linear.weight.copy_(result.weight)
             self._remember(linear, result.mask)
@@ -270,6 +271,9 @@ class _BlockWork:
 
     def _remember(self, linear: Linear, mask: Tensor) -> None:
         name = linear.parameter_name
+        if linear.expert is None:
+            self.masks[name] = linear.matrix(mask)
+            return
         if name not in self.masks:
             old = self.plan.kept.get(name)
             shape = linear.parameter.shape

@@ -16,7 +16,7 @@ LEVELS = [
     {"config", "pruning"},
     {"compact", "serialization", "model_card", "callbacks", "conversion", "mixin", "metric", "cli"},
 ]
-WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):
