@@ -4,12 +4,14 @@ from .blocks import Decoder, Linear
 from .calibration import calibration_sequences
 from .config import PruningConfig
 from .conversion import expand
+from .distillation import Distillation
 from .evaluation import Perplexity, perplexity
 from .masks import Masks
 from .methods import GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
-from .mixin import PruningMixin, install
+from .mixin import PruningMixin, install, reconstruct
 from .patterns import NM, Unstructured
 from .pruning import prune_model
+from .reconstruction import Reconstruction
 from .report import PruningReport
 from .serialization import load
 
@@ -17,17 +19,17 @@ from .serialization import load
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "GBLM", "KeepMasksCallback", "NM", "RIA", "Decoder", "Linear", "Magnitude", "Masks", "Method", "Perplexity", "PruningConfig", "PruningMixin",
-    "PruningReport", "SparseGPT", "Unstructured", "Wanda", "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model",
-    "register",
+    "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
+    "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
+    "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model", "reconstruct", "register",
 ]  # fmt: skip
 
 install()
 
 
 def __getattr__(name: str):
-    if name == "KeepMasksCallback":  # Trainer's modules take seconds to import
-        from .callbacks import KeepMasksCallback
+    if name in ("KeepMasksCallback", "PERPCallback"):  # Trainer's modules take seconds to import
+        from . import callbacks
 
-        return KeepMasksCallback
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,6 +124,11 @@ class Decoder:
     def linears(self) -> list[Linear]:
         return [linear for block in self.blocks for linear in block.linears]
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Of all blocks."""
+        return [parameter for block in self.blocks for parameter in block.module.parameters()]
+
     def _trace(self) -> None:
         """Runs eight tokens; notes who is called in which order on which input, and finds the fused experts."""
         calls: list[tuple[Linear, Tensor]] = []

@@ -9,41 +9,152 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+from .distillation import Distillation
+from .masks import Masks, pruned_positions
 from .model_card import CARD, card_of, write_card
+from .perp import Attached, attach, masked_gradients
+from .pruning import check_model
 from .serialization import FOLDER, STATE, settle
+
+
+logger = logging.get_logger(__name__)
 
 
 class KeepMasksCallback(TrainerCallback):
     """Keeps pruned weights at zero while a `Trainer` trains, whatever the optimizer and its momentum do.
 
-    After each step of the optimizer pruned weights are set to zero again; checkpoints then carry their masks. With
-    `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves behind.
+    Gradients of pruned weights are set to zero before they are clipped, and the weights again after each step; checkpoints
+    then carry their masks. With `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves
+    behind.
 
     Raises:
         ValueError: training begins and the model has no masks.
     """
 
     def __init__(self):
-        self._pruned: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Any]] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         _pushes_take_masks_along()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        known = settle(model)
-        if known is None:
-            raise ValueError("KeepMasksCallback needs a pruned model, and this one has no masks: call model.prune(...) first.")
-        parameters = known.masks.parameters_of(model)
-        self._pruned = [(parameter, ~known.masks[name].to(parameter.device)) for name, parameter in parameters.items()]
+        self._held = masked_gradients(model, _masks_of(model, type(self).__name__))
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0.0)
+        for parameter, bits, _ in self._held:
+            parameter.masked_fill_(pruned_positions(bits, parameter.shape[-1]), 0.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._pruned = []
+        for *_, hook in self._held:
+            hook.remove()
+        self._held = []
+
+
+class PERPCallback(KeepMasksCallback):
+    """Retrains a sliver of a pruned model in a `Trainer`, and merges it exactly at the end (PERP, arXiv 2312.15230).
+
+    Args:
+        train, rank, alpha, seed: see `hf_prune.perp.attach`.
+        distillation: adds the divergence from the dense model to the loss.
+
+    Checkpoints hold the effective weights, which load as an ordinary model, and the adapters, from which
+    `resume_from_checkpoint` goes on. A gradient that is not finite stops the training with the last good state.
+
+    Raises:
+        ValueError: the model has no masks, the callback came too late for the optimizer, `train` finds nothing to train, or
+            the parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+    """
+
+    def __init__(
+        self,
+        train: tuple[str, ...] | str = ("mask_lora", "norm"),
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        seed: int = 0,
+        distillation: Distillation | None = None,
+    ):
+        super().__init__()
+        self._how = {"train": train, "rank": rank, "alpha": alpha, "seed": seed}
+        self._distillation = distillation
+        self._attached: Attached | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_init_end(args, state, control)
+        if args.fsdp or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; the sliver it trains is small."
+            )
+        check_model(model)
+        masks = _masks_of(model, "PERPCallback")
+        self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        if state.is_world_process_zero:
+            found = self._attached.trainable
+            print(f"PERP trains {sum(p.numel() for p in found.values()):,} numbers, {self._attached.share:.3%} of the model's.")
+        for name in self._attached.left_out:
+            logger.warning(f"{name} takes no adapter and stays as it is.")
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if self._attached is None or self._attached.model is not model:
+            raise ValueError(
+                "PERPCallback came too late: give it to Trainer(..., callbacks=[...]), and give Trainer a model, not model_init."
+            )
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := [name for name, p in self._attached.trainable.items() if id(p) not in known]:
+            raise ValueError(
+                f"the optimizer does not know {missing[0]} and {len(missing) - 1} more: let Trainer make the optimizer, or make it "
+                "after Trainer, from the parameters that require a gradient."
+            )
+        super().on_train_begin(args, state, control, model=model)
+        if self._distillation:
+            self._listening = model.register_forward_hook(self._distillation, with_kwargs=True)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16:  # there the scaler looks for overflows and skips the step
+            return
+        gradients = {name: p.grad for name, p in self._attached.trainable.items() if p.grad is not None}
+        if all(bool(torch.isfinite(gradient.sum())) for gradient in gradients.values()):
+            return
+        wrong = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), None)
+        if wrong:
+            for parameter in self._attached.trainable.values():
+                parameter.grad = None
+            control.should_training_stop = True
+            logger.error(
+                f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops, keeping the step before."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control)
+        if self._distillation:
+            self._listening.remove()
+        self.merge()
+
+    def merge(self) -> None:
+        """Ends an interrupted training with what was learned so far: an ordinary pruned model."""
+        if self._attached:
+            self._attached.merge()
+            self._attached = None
+
+    def detach(self) -> None:
+        """Gives the model back without the adapters."""
+        if self._attached:
+            self._attached.detach()
+            self._attached = None
+
+
+def _masks_of(model: Any, who: str) -> Masks:
+    known = settle(model)
+    if known is None:
+        raise ValueError(f"{who} needs a pruned model, and this one has no masks: call model.prune(...) first.")
+    return known.masks
 
 
 def _pushes_take_masks_along() -> None:

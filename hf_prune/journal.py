@@ -87,7 +87,7 @@ class Journal:
             tensors = load_file(self._block(index))
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[f"weight:{name}"])
-            return {name: tensors[f"mask:{name}"] for name in parameters}, report
+            return {key.removeprefix("mask:"): mask for key, mask in tensors.items() if key.startswith("mask:")}, report
 
     def hidden(self, like: list[Tensor]) -> list[Tensor]:
         """The hidden states after the last finished block, on the devices of `like`."""

@@ -7,6 +7,7 @@ disk an exact 2:4 mask takes 8 bits for 12 weights (three groups, each one of si
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -191,6 +192,18 @@ def pack(bits: numpy.ndarray) -> numpy.ndarray:
 def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:
     """The bool (..., width) that `pack` was given."""
     return numpy.unpackbits(packed, axis=-1, count=width, bitorder="little").view(numpy.bool_)
+
+
+def pruned_positions(bits: Tensor, width: int) -> Tensor:
+    """bool (..., width), True = pruned, of packed `bits` uint8 (..., ceil(in / 8)) on any device: one look-up for eight weights."""
+    table = _pruned_by_byte(bits.device)
+    return table.index_select(0, bits.reshape(-1).int()).view(torch.bool).view(*bits.shape[:-1], -1)[..., :width]
+
+
+@functools.cache
+def _pruned_by_byte(device: torch.device) -> Tensor:
+    table = unpack(~numpy.arange(256, dtype=numpy.uint8)[:, None], 8)  # (256, 8)
+    return torch.from_numpy(table.view(numpy.int64)[:, 0].copy()).to(device)
 
 
 _PAIRS = numpy.array([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], numpy.uint8)  # the ways to keep 2 of 4

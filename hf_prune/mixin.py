@@ -19,7 +19,8 @@ from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import base_card, card_of, without_section, write_card
-from .pruning import check_model, is_dequantized, prune_model
+from .pruning import check_model, is_dequantized, prune_model, reconstruct_model
+from .reconstruction import Reconstruction
 from .report import PruningReport
 from .serialization import FOLDER, STATE, PruningState, is_replaced, remember_source, settle
 
@@ -40,6 +41,7 @@ class PruningMixin:
         tokens_per_batch: int | None = None,
         store: str | torch.device | None = None,
         resume_dir: str | Path | None = None,
+        reconstruct: Reconstruction | bool | None = None,
     ) -> PruningReport:
         """Prunes the model in place.
 
@@ -51,6 +53,7 @@ class PruningMixin:
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
             store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
             resume_dir: folder for a journal: the same call after an interruption goes on from the last finished block.
+            reconstruct: train each block, once it is pruned, to give the dense model's output; True takes the defaults.
 
         Returns:
             A report; `print(report)` shows a table. The model saves with its masks from now on.
@@ -73,6 +76,7 @@ class PruningMixin:
             tokens_per_batch=tokens_per_batch,
             store=store,
             resume_dir=resume_dir,
+            reconstruct=reconstruct,
         )
         if is_dequantized(self):  # plain weights by now, but transformers would refuse to save them
             self.hf_quantizer = None
@@ -98,6 +102,24 @@ class PruningMixin:
         """The report of the last `prune`; it is saved with the model."""
         state = settle(self)
         return state.report if state else None
+
+
+def reconstruct(
+    model: PreTrainedModel, dense: PreTrainedModel, calibration: Any, tokenizer: Any = None, **options: Any
+) -> dict[str, tuple[float, float]]:
+    """`reconstruct_model` with the masks that `model` carries.
+
+    Raises:
+        ValueError: it carries none; and as there.
+    """
+    state = settle(model)
+    if state is None:
+        raise ValueError("reconstruct needs a pruned model, and this one has no masks: call model.prune(...) first.")
+    errors = reconstruct_model(model, dense, state.masks, calibration, tokenizer, **options)
+    if state.report:
+        for block in state.report.blocks:
+            block.reconstruction = errors.get(block.name)
+    return errors
 
 
 def install() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -23,6 +24,7 @@ from .gradients import model_gradients
 from .journal import Journal, fingerprint
 from .masks import Masks
 from .patterns import NM, Pattern
+from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
 from .sequential import Plan, prune_blocks, prune_without_data
 from .statistics import GradientNorm
@@ -45,6 +47,7 @@ def prune_model(
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
     resume_dir: str | Path | None = None,
+    reconstruct: Reconstruction | bool | None = None,
 ) -> tuple[Masks, PruningReport]:
     """Prunes the linears of `model` in place; returns their masks and a report.
 
@@ -60,6 +63,7 @@ def prune_model(
         resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a result
             equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it when the
             model is saved. Methods that need no data take seconds and keep no journal.
+        reconstruct: train each block, once it is pruned, to give the dense model's output; True takes the defaults.
 
     Raises:
         ValueError, TypeError: anything that cannot be pruned as asked, a journal of another pruning too. The model is then as it was before the call, also
@@ -78,23 +82,30 @@ def prune_model(
         _check_patterns(chosen, patterns, config, old_masks, fixed_masks)
         parameters = {linear.parameter_name: linear.parameter for linear in chosen}
 
+        how = Reconstruction() if reconstruct is True else reconstruct or None
+        if how and config.comparison_group == "model":
+            raise ValueError("group='model' prunes all blocks at once: prune first, then call hf_prune.reconstruct.")
+        if how and GradientNorm in config.method.needs and config.method.scope == "block":
+            raise ValueError("scope='block' runs sequences one by one: prune first, then call hf_prune.reconstruct.")
+        needs_data = config.needs_calibration or how is not None
         sequences: list[Tensor] = []
-        if config.needs_calibration:
+        if needs_data:
             sequences = _sequences(model, config, calibration, tokenizer)
         elif calibration is not None:
             logger.info(f"{config.method.name} needs no data: the calibration text is not used.")
 
         journal = None
-        if resume_dir is not None and config.needs_calibration:
-            journal = Journal(resume_dir, _identity(model, config, sequences, old_masks, fixed_masks, tokens_per_batch))
-        undo = Undo(parameters.values())
+        if resume_dir is not None and needs_data:
+            identity = _identity(model, config, sequences, old_masks, fixed_masks, tokens_per_batch)
+            journal = Journal(resume_dir, {**identity, **({"reconstruct": str(how)} if how else {})})
+        undo = Undo(parameters.values() if how is None else decoder.parameters)
         plan = Plan(
             decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
-            before_change=undo.save,
+            reconstruction=how, before_change=undo.save,
         )  # fmt: skip
         try:
             gradient_seconds = 0.0
-            if not config.needs_calibration:
+            if not needs_data:
                 masks, blocks = prune_without_data(plan)
             else:
                 by_block = GradientNorm in config.method.needs and config.method.scope == "block"
@@ -104,7 +115,10 @@ def prune_model(
                     some = sequences[: method.gradient_samples]
                     plan.gradients = _gradients(model, decoder, chosen, some, method, journal)
                     gradient_seconds = time.perf_counter() - before
-                batches = batches_of(sequences, 1 if by_block else tokens_per_batch or _batch_tokens(model, sequences))
+                size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, sequences))
+                batches = batches_of(sequences, 1 if by_block else size)
+                if how:
+                    how.split(len(batches))
                 masks, blocks = prune_blocks(
                     plan,
                     batches,
@@ -127,7 +141,7 @@ def prune_model(
         if str(patterns[linear.name]) not in known.split(", "):
             masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
     report = PruningReport(
-        config=config.to_dict(),
+        config={**config.to_dict(), **({"reconstruct": dataclasses.asdict(how)} if how else {})},
         model=type(model).__name__,
         blocks=blocks,
         sparsity=masks.sparsity(),
@@ -148,6 +162,55 @@ def prune_model(
     }.items():
         logger.warning(f"{name}: {why}")
     return masks, report
+
+
+def reconstruct_model(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    masks: Masks,
+    calibration: Any,
+    tokenizer: Any = None,
+    *,
+    how: Reconstruction | None = None,
+    n_samples: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Trains every block of a pruned `model` in place to give the output of the `dense` model's, its masks held.
+
+    Args:
+        calibration, tokenizer, n_samples, sequence_length, seed: as in `calibration_sequences`.
+
+    Returns:
+        Block -> relative squared error on held-out calibration text before and after; equal where that did not fall, and the
+        block was left as it was.
+
+    Raises:
+        ValueError, TypeError: nothing has changed then, also after KeyboardInterrupt.
+    """
+    how = how or Reconstruction()
+    check_model(model)
+    check_model(dense)
+    config = PruningConfig(n_samples=n_samples, sequence_length=sequence_length, seed=seed)
+    with _calm(model), _calm(dense):
+        _check_weights(model)
+        decoder, original = Decoder(model), Decoder(dense)
+        shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
+        if model is dense or shapes[0] != shapes[1]:
+            raise ValueError(
+                "dense must be the model before it was pruned: another instance, with parameters of the same shapes."
+            )
+        masks.parameters_of(model)
+        batches = batches_of(_sequences(model, config, calibration, tokenizer), how.batch_tokens)
+        how.split(len(batches))
+        undo = Undo(decoder.parameters)
+        try:
+            return reconstruct_blocks(decoder, original, masks, batches, how, undo.save)
+        except BaseException:
+            undo.restore()
+            raise
+        finally:
+            undo.close()
 
 
 def check_model(model: nn.Module) -> None:

@@ -24,12 +24,17 @@ class LinearReport:
 
 @dataclass
 class BlockReport:
-    """One block. `error` is the relative change of the block's output on one short sequence that reaches it pruned."""
+    """One block. `error` is the relative change of the block's output on one short sequence that reaches it pruned.
+
+    `reconstruction` is the relative squared error on held-out calibration text before and after; equal if that did not fall, and the
+    block was left as it was pruned.
+    """
 
     name: str
     seconds: float
     error: float | None
     linears: list[LinearReport]
+    reconstruction: tuple[float, float] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BlockReport:
@@ -120,6 +125,16 @@ class PruningReport:
             + (f", {self.gradient_seconds:.1f} s of it for gradients" if self.gradient_seconds else "")
             + (f"; peak memory {self.peak_memory / 2**30:.2f} GiB" if self.peak_memory else ""),
         ]
+        if pairs := [block.reconstruction for block in self.blocks if block.reconstruction]:
+            kept = [
+                block.name
+                for block in self.blocks
+                if block.reconstruction and block.reconstruction[0] == block.reconstruction[1]
+            ]
+            lines.append(
+                f"reconstruction: error on held-out calibration text {_mean([a for a, _ in pairs]):.4f} before, "
+                f"{_mean([b for _, b in pairs]):.4f} after" + (f"; no better, so left alone: {', '.join(kept)}" if kept else "")
+            )
         reasons: dict[str, list[str]] = {}
         for name, why in {**self.skipped, **self.notes}.items():
             reasons.setdefault(why, []).append(name)

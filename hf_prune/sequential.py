@@ -21,6 +21,7 @@ from .journal import Journal
 from .masks import Masks
 from .methods import Magnitude, Method
 from .patterns import NM, Pattern, lowest_of_all
+from .reconstruction import Reconstruction, reconstruct_block
 from .report import BlockReport, LinearReport
 from .statistics import GradientNorm
 
@@ -42,6 +43,7 @@ class Plan:
     kept: Masks = field(default_factory=Masks)  # of an earlier pruning: its zeros stay
     fixed: Masks = field(default_factory=Masks)  # to be used as they are
     gradients: dict[str, GradientNorm] = field(default_factory=dict)
+    reconstruction: Reconstruction | None = None
     before_change: Callable[[torch.nn.Parameter], None] = lambda parameter: None
 
     def linears(self, block: Block) -> list[Linear]:
@@ -120,11 +122,14 @@ def prune_blocks(
     """
     masks, reports = Masks(), []
     done = journal.finished if journal else 0
+    how = plan.reconstruction
     with eager_experts(plan.decoder.model):
         hidden, calls = plan.decoder.capture([*batches, probe], store)
+        dense = hidden[:-1] if how and how.targets == "dense" else []  # what reaches a block of the dense model
         if done:
             logger.info(f"{done} of {len(plan.decoder.blocks)} blocks are taken from {journal.folder}.")
-            hidden = journal.hidden(hidden)
+            hidden = journal.hidden([*hidden, *dense])
+            hidden, dense = hidden[: len(batches) + 1], hidden[len(batches) + 1 :]
         for index, block in enumerate(tqdm(plan.decoder.blocks, desc=plan.method.name, unit="block")):
             started = time.perf_counter()
             work = _BlockWork(plan, block)
@@ -142,19 +147,39 @@ def prune_blocks(
                     block, calls[index][some], hidden[some], work.linears, plan.method.order, plan.method.by_token
                 )
             arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
+            inputs = list(states) if how else []
+            targets = [_stored(call.run(block, x), store) for call, x in zip(arguments, dense or inputs)]
             if plan.propagate == "linear":
                 work.in_one_pass(arguments, states, store)
             else:
                 work.in_two_passes(arguments, states, store)
-            after = calls[index][-1].run(block, hidden[-1])
-            hidden = [*states, after if store is None else after.to(store)]
-            calls[index].clear()
             work.finish(masks)
+            reconstruction = None
+            if how:
+                for parameter in work.parameters.values():
+                    plan.before_change(parameter)
+                held = Masks(
+                    {
+                        name: masks.get(name, plan.kept.get(name))
+                        for name in work.parameters
+                        if name in masks or name in plan.kept
+                    }
+                )
+                reconstruction = reconstruct_block(block, held, arguments, inputs, targets, how)
+                states = [_stored(call.run(block, x), store) for call, x in zip(arguments, inputs)]
+                dense = targets if dense else []
+            after = calls[index][-1].run(block, hidden[-1])
+            hidden = [*states, _stored(after, store)]
+            calls[index].clear()
             error = _relative(after - before, before)
-            reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports()))
+            reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports(), reconstruction))
             if journal:
-                journal.save_block(index, work.parameters, work.masks, reports[-1], hidden)
+                journal.save_block(index, work.parameters, work.masks, reports[-1], [*hidden, *dense])
     return masks, reports
+
+
+def _stored(state: Tensor, store: torch.device | None) -> Tensor:
+    return state if store is None else state.to(store)
 
 
 class _BlockWork:
@@ -164,6 +189,8 @@ class _BlockWork:
         self.plan, self.block = plan, block
         self.linears = plan.linears(block)
         self.parameters = {linear.parameter_name: linear.parameter for linear in self.linears}
+        if plan.reconstruction:  # all of them may change
+            self.parameters = {f"{block.name}.{name}": p for name, p in block.module.named_parameters()}
         self.gradients = plan.gradients
         self.groups: dict = {}
         for linear in self.linears:
@@ -205,8 +232,7 @@ class _BlockWork:
         self.prune_all(self._inputs)
         self._inputs = {}
         for i, (call, state) in enumerate(zip(calls, states)):
-            output = call.run(self.block, state)
-            states[i] = output if store is None else output.to(store)
+            states[i] = _stored(call.run(self.block, state), store)
 
     def prune_all(self, inputs: dict) -> None:
         """Prunes every linear of the block, those without an input by magnitude."""

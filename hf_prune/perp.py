@@ -1,0 +1,451 @@
+"""Retraining what pruning left: which parameters, in what form, and back into an ordinary model (PERP, arXiv 2312.15230).
+
+An adapted linear keeps its name, its weight and its place; only its class changes, so checkpoints keep their keys. Its state
+dict holds the effective weight, so that whatever is saved meanwhile loads as a plain model, and the two factors beside it, from
+which training goes on. Masks are read as bits, never from zeros. Owns no loop: see `callbacks` and `reconstruction`.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .masks import Masks, pruned_positions
+
+
+ADAPTERS = ("lora", "lora_prune", "mask_lora", "scale_lora", "spp_lora")
+KINDS = ("bias", "norm", "head", "added_bias", *ADAPTERS, "full")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the factors B (out, r) and A (r, in) act on a weight W (out, in) with mask M (PERP, section 3; SPP from 2405.16057).
+
+    lora, head: W + sBA, dense; mask_lora: W + s(BA)⊙M; lora_prune: trains as lora, merges as mask_lora; scale_lora: W⊙(BA);
+    spp_lora: W + sW⊙(BA). `transposed` weights are stored (in, out).
+    """
+
+    kind: str
+    scale: float
+    transposed: bool = False
+
+    def product(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of BA in the orientation of the stored weight."""
+        return (a.t(), b.t()) if self.transposed else (b, a)
+
+    def weight(self, weight: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> Tensor:
+        """The effective weight, a new tensor in the dtype of `weight`; +0.0 wherever the mask prunes, if there is one."""
+        left, right = self.product(a.detach().float(), b.detach().float())
+        own = weight.detach().float()
+        if self.kind in ("scale_lora", "spp_lora"):
+            result = left @ right
+            if self.kind == "spp_lora":
+                result.mul_(self.scale).add_(1.0)
+            result.mul_(own)
+        else:
+            result = torch.addmm(own, left, right, alpha=self.scale)
+        if self.kind not in ("lora", "head"):
+            result.masked_fill_(pruned_positions(bits, weight.shape[-1]), 0.0)
+        return result.to(weight.dtype)
+
+    def backward(self, gradient: Tensor, weight: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of A and B, given that of the effective weight, which is overwritten."""
+        if self.kind in ("scale_lora", "spp_lora"):
+            gradient.mul_(weight)
+        else:
+            gradient.masked_fill_(pruned_positions(bits, weight.shape[-1]), 0.0)
+        if self.kind != "scale_lora":
+            b, a = self.scale * b, self.scale * a
+        if self.transposed:
+            gradient = gradient.t()
+        return b.t() @ gradient, gradient @ a.t()
+
+
+class _EffectiveProduct(torch.autograd.Function):
+    """x times the effective weight, which is made anew in the backward pass instead of being held."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, module: Adapted) -> Tensor:
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.module, ctx.dtype, ctx.x_dtype = module, autocast or module.weight.dtype, x.dtype
+        with torch.autocast(device, enabled=False):
+            x = x.to(ctx.dtype)
+            ctx.save_for_backward(x, a, b)
+            weight = module.effective_weight().to(ctx.dtype)
+            bias = None if bias is None else bias.to(ctx.dtype)
+            return F.linear(x, weight.t() if module.perp.transposed else weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b = ctx.saved_tensors
+        module, adapter = ctx.module, ctx.module.perp
+        with torch.autocast(x.device.type, enabled=False):
+            rows, inputs = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype), x.reshape(-1, x.shape[-1])
+            grad_x = grad_a = grad_b = grad_bias = None
+            if ctx.needs_input_grad[0]:
+                weight = module.effective_weight().to(ctx.dtype)
+                grad_x = (rows @ (weight.t() if adapter.transposed else weight)).view(x.shape).to(ctx.x_dtype)
+                del weight
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                of_weight = (inputs.t() @ rows if adapter.transposed else rows.t() @ inputs).float()
+                grad_a, grad_b = adapter.backward(of_weight, module.weight.detach(), a, b, module.perp_bits)
+            if ctx.needs_input_grad[3]:
+                grad_bias = rows.sum(0, dtype=torch.float32)
+        return grad_x, grad_a, grad_b, grad_bias, None
+
+
+class Adapted:
+    """Put before `nn.Linear` or `Conv1D`: adds `perp_A` (r, in) and `perp_B` (out, r), float32, to the module in place."""
+
+    def effective_weight(self) -> Tensor:
+        """The weight that this linear has now, in the shape and dtype of `weight`."""
+        return self.perp.weight(self.weight, self.perp_A, self.perp_B, self.perp_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.perp.kind not in ("lora", "lora_prune", "head"):
+            return _EffectiveProduct.apply(x, self.perp_A, self.perp_B, self.bias, self)
+        return super().forward(x) + _low_rank(x, self)
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    """See `Adapted`."""
+
+
+class AdaptedConv1D(Adapted, Conv1D):
+    """See `Adapted`."""
+
+
+class AdaptedEmbedding(nn.Embedding):
+    """The embedding that shares its weight with an adapted head, and so its adapter."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        (head,) = self.perp_head
+        rows = F.embedding(ids, head.perp_B.to(self.weight.dtype)) @ head.perp_A.to(self.weight.dtype)
+        return super().forward(ids) + head.perp.scale * rows
+
+
+_CLASSES = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D, nn.Embedding: AdaptedEmbedding}
+
+
+def _low_rank(x: Tensor, module: Adapted) -> Tensor:
+    low = F.linear(F.linear(x.to(module.perp_A.dtype), module.perp_A), module.perp_B)
+    return (low * module.perp.scale).to(x.dtype if not torch.is_autocast_enabled(x.device.type) else low.dtype)
+
+
+class Attached:
+    """What `attach` made of a model, until `merge` or `detach` ends it.
+
+    Attributes:
+        trainable: name -> parameter that requires a gradient.
+        left_out: names of pruned weights that no adapter can be put on (fused experts): they stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, masks: Masks):
+        self.model, self.masks = model, masks
+        self.adapted: dict[str, Adapted] = {}
+        self.left_out: list[str] = []
+        self._before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
+        self._biases: list[nn.Module] = []
+        self._embedding: nn.Module | None = None
+        self._flags: dict[str, Any] = {}
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def share(self) -> float:
+        """Trained numbers over the model's own."""
+        return sum(p.numel() for p in self.trainable.values()) / sum(p.numel() for p, _, _ in self._before)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Writes the effective weights in place and makes every linear what it was; "lora" adapters become those of PEFT.
+
+        Raises:
+            RuntimeError: a pruned weight is not zero.
+        """
+        dense = {name: m for name, m in self.adapted.items() if m.perp.kind == "lora"}
+        factors = {name: (m.perp_A.detach(), m.perp_B.detach(), m.perp) for name, m in dense.items()}
+        for name, module in self.adapted.items():
+            if name not in dense:
+                module.weight.copy_(module.effective_weight())
+        self._end()
+        if wrong := self.masks.violations(self.model):
+            raise RuntimeError(f"{len(wrong)} pruned parameters are not zero after merging, such as {next(iter(wrong))}.")
+        if factors:
+            _to_peft(self.model, factors)
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        """Takes everything off again; what was trained in place stays trained, adapters and added biases are lost."""
+        for module in self._biases:
+            module.bias = None
+        for name, value in self._flags.items():
+            setattr(self.model.config, name, value)
+        self._end()
+
+    def _end(self) -> None:
+        for module in [*self.adapted.values(), *filter(None, [self._embedding])]:
+            _swap(module, next(plain for plain, adapted in _CLASSES.items() if type(module) is adapted))
+            for name in ("perp_A", "perp_B", "perp_bits"):
+                if hasattr(module, name):
+                    delattr(module, name)
+            for name in ("perp", "perp_head", "perp_shown"):
+                module.__dict__.pop(name, None)
+            for handle in module.__dict__.pop("perp_hooks", ()):
+                handle.remove()
+        self.adapted, self._embedding = {}, None
+        for parameter, required, dtype in self._before:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+        for module in self._biases:
+            module.bias.data = module.bias.data.to(module.weight.dtype)
+        self._biases = []
+
+
+def attach(
+    model: nn.Module,
+    masks: Masks,
+    train: tuple[str, ...] | str = ("mask_lora", "norm"),
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    seed: int = 0,
+    upcast: bool = False,
+) -> Attached:
+    """Freezes `model` but for what `train` names, and adds what it asks for, in place.
+
+    Args:
+        model: a pruned model, or a part of one with `masks` named from there.
+        train: any of "bias", "norm" (scales and biases of every norm), "head" (a LoRA on the output embedding; tied ones stay
+            tied), "added_bias" (new biases of zero where the config can carry them), one of the adapters "lora", "lora_prune",
+            "mask_lora", "scale_lora", "spp_lora", and "full".
+        rank, alpha: of the adapters; s = alpha / rank.
+        seed: of their initialisation: A as `nn.Linear` has it, B zero; scale_lora begins with BA = 1.
+        upcast: parameters that are trained in place become float32, as mixed precision needs, until `merge`.
+
+    Raises:
+        ValueError: unknown names, two kinds of adapters, or a name for which this model has nothing to train. The model is as
+            it was.
+    """
+    train = (train,) if isinstance(train, str) else tuple(train)
+    adapters = _check(train, rank)
+    if any("perp" in module.__dict__ for module in model.modules()):
+        raise ValueError("the model has adapters of an unfinished training: call merge() or detach() of its callback first.")
+    owners = masks.parameters_of(model)
+    result = Attached(model, masks)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for kind in train:
+            found = {
+                "bias": _biases, "norm": _norms, "full": lambda model: list(model.parameters()),
+                "added_bias": lambda model: _add_biases(result), "head": lambda model: _adapt_head(result, rank, alpha, generator),
+            }.get(kind, lambda model: _adapt(result, owners, Adapter(adapters[0], alpha / rank), rank, generator))(model)  # fmt: skip
+            if not found:
+                raise ValueError(
+                    f"train={kind!r} finds nothing to train in {type(model).__name__}. " + _WAYS_OUT.get(kind, "Leave it out.")
+                )
+            for parameter in found:
+                parameter.requires_grad_(True)
+                if upcast:
+                    parameter.data = parameter.data.float()
+    except BaseException:
+        result.detach()
+        raise
+    return result
+
+
+def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor, Any]]:
+    """From now on pruned weights get no gradient, before anything clips or uses it: each parameter that is trained, its packed
+    bits, and the handle that ends it."""
+    held = []
+    for name, parameter in masks.parameters_of(model).items():
+        if parameter.requires_grad:
+            bits = torch.from_numpy(masks.packed(name)).to(parameter.device)
+            held.append((parameter, bits, parameter.register_post_accumulate_grad_hook(partial(_fill_gradient, bits))))
+    return held
+
+
+def _fill_gradient(bits: Tensor, parameter: nn.Parameter) -> None:
+    parameter.grad.masked_fill_(pruned_positions(bits, parameter.shape[-1]), 0.0)
+
+
+_WAYS_OUT = {
+    "bias": "It has no biases: take 'norm' or 'mask_lora', or 'added_bias' to give it some.",
+    "added_bias": "Its config has no flag for biases that it lacks: take 'norm' or 'mask_lora'.",
+}
+
+
+def _check(train: tuple[str, ...], rank: int) -> list[str]:
+    if not train or (unknown := [kind for kind in train if kind not in KINDS]):
+        given = repr(unknown[0]) if train else "nothing"
+        raise ValueError(f"train must name some of {', '.join(KINDS)}; got {given}.")
+    adapters = [kind for kind in train if kind in ADAPTERS]
+    if len(adapters) > 1 or ("full" in train and len(train) > 1):
+        raise ValueError(f"train={train}: one adapter at a time, and 'full' only alone.")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    return adapters
+
+
+def _biases(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if name.endswith("bias")]
+
+
+def _norms(model: nn.Module) -> list[nn.Parameter]:
+    return [p for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
+
+
+def _adapt(result: Attached, owners: dict[str, nn.Parameter], adapter: Adapter, rank: int, generator) -> list[nn.Parameter]:
+    added = []
+    for name in owners:
+        path, _, attribute = name.rpartition(".")
+        module = result.model.get_submodule(path)
+        if attribute != "weight" or type(module) not in _CLASSES:
+            result.left_out.append(name)
+            continue
+        bits = torch.from_numpy(result.masks.packed(name))
+        added += _put_on(module, adapter, rank, bits, generator)
+        result.adapted[path] = module
+    return added
+
+
+def _adapt_head(result: Attached, rank: int, alpha: float, generator) -> list[nn.Parameter]:
+    model = result.model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is not nn.Linear:
+        return []
+    embedding = model.get_input_embeddings()
+    tied = embedding.weight is head.weight
+    if tied and type(embedding) is not nn.Embedding:
+        raise ValueError(f"train='head': the head is tied to a {type(embedding).__name__}, which takes no adapter.")
+    added = _put_on(head, Adapter("head", alpha / rank), rank, torch.empty(0, dtype=torch.uint8), generator)
+    result.adapted[next(name for name, module in model.named_modules() if module is head)] = head
+    if tied:
+        embedding.__dict__["perp_head"] = (head,)  # within a tuple it is no submodule
+        result._embedding = _swap(embedding, AdaptedEmbedding)
+        _hook_state_dict(embedding)
+    return added
+
+
+def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, generator: torch.Generator) -> list[nn.Parameter]:
+    transposed = isinstance(module, Conv1D)
+    n_out, n_in = reversed(module.weight.shape) if transposed else module.weight.shape
+    if adapter.kind == "scale_lora":
+        a, b = torch.full((rank, n_in), rank**-0.5), torch.full((n_out, rank), rank**-0.5)
+    else:
+        a, b = (torch.rand((rank, n_in), generator=generator) * 2 - 1) * n_in**-0.5, torch.zeros(n_out, rank)
+    device = module.weight.device
+    module.perp_A, module.perp_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+    module.register_buffer("perp_bits", bits.to(device), persistent=False)
+    module.__dict__["perp"] = Adapter(adapter.kind, adapter.scale, transposed)
+    _hook_state_dict(module)
+    _swap(module, _CLASSES[type(module)])
+    return [module.perp_A, module.perp_B]
+
+
+def _swap(module: nn.Module, cls: type) -> nn.Module:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:  # accelerate moves the inputs of a dispatched model, then calls this
+        module._old_forward = types.MethodType(cls.forward, module)
+    return module
+
+
+def _hook_state_dict(module: nn.Module) -> None:
+    module.__dict__["perp_hooks"] = [
+        module.register_state_dict_post_hook(_show_effective),
+        module.register_load_state_dict_pre_hook(_keep_own_weight),
+    ]
+
+
+def _show_effective(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """What is saved is an ordinary weight, tied ones one and the same tensor; a "lora" is not merged, so not saved merged."""
+    if f"{prefix}weight" not in state:
+        return
+    (owner,) = module.__dict__.get("perp_head", (module,))
+    version = owner.perp_A._version, owner.perp_B._version
+    shown, known = owner.__dict__.pop("perp_shown", (None, None))
+    if owner.perp.kind != "lora":
+        state[f"{prefix}weight"] = shown if known == version else owner.effective_weight()
+    if owner is not module:  # the embedding comes before its head
+        owner.__dict__["perp_shown"] = state[f"{prefix}weight"], version
+
+
+def _keep_own_weight(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """What is loaded is what `_show_effective` gave: the factors are taken, the weight is known already, and compared.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or has no factors.
+    """
+    weight, a, b = (state.get(prefix + name) for name in ("weight", "perp_A", "perp_B"))
+    if weight is None:
+        return
+    state[f"{prefix}weight"] = module.weight.detach()
+    if a is None and b is None:  # of sharded checkpoints they may come with another file
+        return
+    device, then = module.weight.device, module.weight.detach()
+    if module.perp.kind != "lora":
+        then = module.perp.weight(module.weight, a.to(device), b.to(device), module.perp_bits)
+    if not torch.allclose(then, weight.to(then), rtol=1e-2, atol=1e-4):
+        raise ValueError(
+            f"{prefix}weight of the checkpoint is not this model's weight with the checkpoint's adapter on it: begin with the "
+            "pruned model that the checkpoint's training began with."
+        )
+
+
+def _add_biases(result: Attached) -> list[nn.Parameter]:
+    """New biases of zero, where a config of this architecture can carry them; sets the config's flags."""
+    config = getattr(result.model, "config", None)
+    if config is None:
+        return []
+    added = []
+    flags = {name: value for name, value in vars(config).items() if name.endswith("bias") and value is False}
+    for name in flags:
+        try:
+            with torch.device("meta"):
+                wider = type(result.model)(type(config).from_dict({**config.to_dict(), name: True}))
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            continue
+        new = [p for p, module in wider.named_modules() if isinstance(module, nn.Linear) and module.bias is not None]
+        modules = [m for m in map(result.model.get_submodule, new) if m.bias is None]
+        for module in modules:
+            module.bias = nn.Parameter(
+                torch.zeros(module.weight.shape[0], dtype=module.weight.dtype, device=module.weight.device)
+            )
+            result._biases.append(module)
+            added.append(module.bias)
+        if modules:
+            result._flags[name] = False
+            setattr(config, name, True)
+    return added
+
+
+def _to_peft(model: nn.Module, factors: dict[str, tuple[Tensor, Tensor, Adapter]]) -> None:
+    """Dense adapters go on as PEFT's: merging them would undo the pruning."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    rank, scale = next((a.shape[0], adapter.scale) for a, _, adapter in factors.values())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=list(factors),
+        fan_in_fan_out=any(f[2].transposed for f in factors.values()),
+    )
+    model.add_adapter(config)
+    state = {}
+    for name, (a, b, _) in factors.items():
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
+    set_peft_model_state_dict(model, state)

@@ -1,0 +1,187 @@
+"""Each pruned block is trained to give the dense block's output: a block at a time, in the memory of one block.
+
+EBFT (arXiv 2402.12419) and "A Free Lunch in LLM Compression" (2510.14444): local reconstruction does what retraining the whole
+model does, with less data. Targets follow the dense model ("dense": the block also makes up for the errors of those before it)
+or the dense block on what reaches it now ("sparse"). A block whose error on held-out calibration text does not fall keeps its
+weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .blocks import Block, Call, Decoder, eager_experts
+from .masks import Masks
+from .perp import attach, masked_gradients
+
+
+TARGETS = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How blocks are reconstructed.
+
+    Attributes:
+        train: as for `hf_prune.perp.attach`; "full" trains all of the block under its masks.
+        targets: "dense" or "sparse", see above.
+        epochs: over the calibration sequences that are not held out.
+        learning_rate: of AdamW without weight decay, linear decay after 10 % of warm-up; None takes what measured best.
+        batch_tokens: calibration tokens a step.
+        held_out: share of the calibration batches that decide when to stop, at least one batch.
+        rank, alpha: of adapters.
+        seed: of the order of batches.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    train: tuple[str, ...] | str = "full"
+    targets: str = "dense"
+    epochs: int = 4
+    learning_rate: float | None = None
+    batch_tokens: int = 1024
+    held_out: float = 0.1
+    rank: int = 16
+    alpha: float = 32.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
+        if self.epochs < 1 or not 0 < self.held_out < 1 or self.batch_tokens < 1:
+            raise ValueError(f"epochs and batch_tokens must be positive and held_out in (0, 1): got {self}.")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.learning_rate or (3e-4 if self.train == "full" else 1e-3)
+
+    def split(self, n_batches: int) -> tuple[list[int], list[int]]:
+        """Indices of the batches to train on and of those that are held out.
+
+        Raises:
+            ValueError: fewer than two batches.
+        """
+        if n_batches < 2:
+            raise ValueError(
+                f"reconstruction needs at least two batches, got {n_batches}: give more calibration sequences, or make "
+                f"batch_tokens less than {self.batch_tokens}."
+            )
+        held = max(1, round(n_batches * self.held_out))
+        return list(range(n_batches - held)), list(range(n_batches - held, n_batches))
+
+
+@torch.enable_grad()
+def reconstruct_block(
+    block: Block, masks: Masks, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], how: Reconstruction
+) -> tuple[float, float]:
+    """Trains `block` in place towards `targets`, a tensor (sequences, length, d) a batch as `inputs`.
+
+    Args:
+        masks: of the block's parameters, by their names within the model.
+
+    Returns:
+        Relative squared error on the held-out batches before and after.
+    """
+    trained, held = how.split(len(inputs))
+    local = Masks({name.removeprefix(f"{block.name}."): masks[name] for name in masks if name.startswith(f"{block.name}.")})
+    before = [(p, p.detach().clone()) for p in block.module.parameters()]
+    attached = attach(block.module, local, how.train, rank=how.rank, alpha=how.alpha, seed=how.seed, upcast=True)
+    half = next(block.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
+    hooks = []
+    try:
+        parameters = list(attached.trainable.values())
+        hooks += [hook for _, _, hook in masked_gradients(block.module, local)]
+        steps = how.epochs * len(trained)
+        optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warm_up=max(1, steps // 10), steps=steps))
+        order = torch.Generator().manual_seed(how.seed)
+        with torch.autocast(block.device.type, dtype=torch.bfloat16, enabled=half):
+            first = best = _error(block, calls, inputs, targets, held)
+            kept, worse = [], 0
+            for _ in range(how.epochs):
+                for i in torch.randperm(len(trained), generator=order).tolist():
+                    output, target = calls[i].run(block, inputs[i]), targets[i].to(block.device)
+                    (_squares(output, target) / _squares(inputs[i].to(block.device), target)).backward()
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+                now = _error(block, calls, inputs, targets, held)
+                if now < best:
+                    best, kept, worse = now, [p.detach().clone() for p in parameters], 0
+                elif (worse := worse + 1) == 2 or not math.isfinite(now):
+                    break
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept):
+                parameter.copy_(value)
+        attached.merge() if kept else attached.detach()
+    except BaseException:
+        attached.detach()
+        kept = []
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if not kept:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+    return first, best
+
+
+@torch.no_grad()
+def reconstruct_blocks(
+    decoder: Decoder,
+    dense: Decoder,
+    masks: Masks,
+    batches: list[Tensor],
+    how: Reconstruction,
+    before_change: Callable[[nn.Parameter], None],
+) -> dict[str, tuple[float, float]]:
+    """Reconstructs every block of a model that is pruned already, in place, towards those of the `dense` one.
+
+    Returns:
+        Block -> relative squared error on the held-out batches before and after.
+    """
+    errors = {}
+    with eager_experts(decoder.model), eager_experts(dense.model):
+        states, calls = decoder.capture(batches)
+        wanted, dense_calls = dense.capture(batches)
+        for index, block in enumerate(tqdm(decoder.blocks, desc="reconstruction", unit="block")):
+            wanted = wanted if how.targets == "dense" else states
+            wanted = [call.run(dense.blocks[index], x) for call, x in zip(dense_calls[index], wanted)]
+            for parameter in block.module.parameters():
+                before_change(parameter)
+            errors[block.name] = reconstruct_block(block, masks, calls[index], states, wanted, how)
+            states = [call.run(block, x) for call, x in zip(calls[index], states)]
+            calls[index].clear()
+            dense_calls[index].clear()
+    return errors
+
+
+def _linear(step: int, warm_up: int, steps: int) -> float:
+    return (step + 1) / warm_up if step < warm_up else (steps - step) / max(1, steps - warm_up)
+
+
+@torch.no_grad()
+def _error(block: Block, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], which: Iterable[int]) -> float:
+    """What is left of the block's change; 1.0 would be a block that does nothing."""
+    missed = change = 0.0
+    for i in which:
+        target = targets[i].to(block.device)
+        missed += float(_squares(calls[i].run(block, inputs[i]), target))
+        change += float(_squares(inputs[i].to(block.device), target))
+    return missed / change
+
+
+def _squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output.float() - target.float()).square().sum().clamp_min(1e-30)

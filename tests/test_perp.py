@@ -1,0 +1,366 @@
+"""Retraining: every kind of trainable keeps the masks through training, saving, resuming, best-model reload and merge."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_prune
+from hf_prune import Distillation, KeepMasksCallback, PERPCallback, PruningConfig, Reconstruction
+from hf_prune.perp import KINDS, AdaptedLinear, attach
+
+
+DATA = [{"input_ids": ids, "labels": ids} for ids in ids_for(24, 16)]
+MERGED = [kind for kind in KINDS if kind != "lora"]
+
+
+def pruned(family="llama", pattern="2:4", dtype=torch.float32, **changes):
+    model = make(family, dtype=dtype, **changes)
+    model.prune(PruningConfig(pattern=pattern, n_samples=6, sequence_length=24), ids_for())
+    return model
+
+
+def arguments(folder, **changes):
+    values = dict(
+        max_steps=6, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no",
+        logging_strategy="no", seed=1, disable_tqdm=True,
+    )  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**values, **changes})
+
+
+def train(model, folder, callback, resume=None, **changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model, arguments(folder, **changes), train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[callback]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def loss(model):
+    ids = torch.stack([row["input_ids"] for row in DATA])
+    with torch.no_grad():
+        return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+
+def holds(model, masks):
+    return not masks.violations(model) and not any(hasattr(m, "perp_A") for m in model.modules())
+
+
+FAMILY = {"bias": "qwen2"}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_every_kind(kind, tmp_path):
+    model = pruned(FAMILY.get(kind, "llama"))
+    masks, before, start = model.pruning_masks, snapshot(model), loss(model)
+    train(model, tmp_path / "run", PERPCallback(train=kind))
+    assert loss(model) < start and not same(model, {n: before.get(n) for n, _ in model.named_parameters()} if kind != "added_bias" else {n: before.get(n, torch.ones(1)) for n, _ in model.named_parameters()})
+    assert holds(model, masks)
+    assert all(p.requires_grad for p in model.parameters())
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loss(again) == loss(model) and again.pruning_masks.digest() == masks.digest()
+
+
+@pytest.mark.parametrize("kind", ["mask_lora", "scale_lora", "spp_lora", "head"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_is_what_was_trained(family, kind):
+    model = pruned(family)
+    attached = attach(model, model.pruning_masks, (kind,))
+    with torch.no_grad():
+        for parameter in attached.trainable.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    with torch.no_grad():
+        before = model(input_ids=ids_for()).logits
+        shown = {name: value.clone() for name, value in model.state_dict().items() if "perp" not in name}
+        attached.merge()
+        assert torch.allclose(model(input_ids=ids_for()).logits, before, atol=1e-5)
+    assert all(torch.equal(value, shown[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["mask_lora", "scale_lora", "spp_lora"])
+def test_gradients_are_those_of_autograd(family, kind):
+    model = pruned(family).double()
+    attached = attach(model, model.pruning_masks, (kind,), rank=3)
+    name, module = next((n, m) for n, m in attached.adapted.items())
+    module.perp_A.data, module.perp_B.data = torch.randn_like(module.perp_A), torch.randn_like(module.perp_B)
+    mask = model.pruning_masks[f"{name}.weight"]
+    x = torch.randn(2, 5, module.perp_A.shape[1], dtype=torch.float64, requires_grad=True)
+    out = torch.randn(2, 5, module.perp_B.shape[0], dtype=torch.float64)
+    a, b = (p.detach().double().requires_grad_() for p in (module.perp_A, module.perp_B))
+    product = (b @ a).t() if module.perp.transposed else b @ a
+    own, s = module.weight.detach(), module.perp.scale
+    weight = {"mask_lora": own + s * product * mask, "scale_lora": own * product, "spp_lora": own + s * own * product}[kind]
+    y = x @ weight if module.perp.transposed else x @ weight.t()
+    bias = module.bias if module.bias is not None else 0
+    wanted = torch.autograd.grad(((y + bias) * out).sum(), (x, a, b))
+    got = torch.autograd.grad((module(x) * out).sum(), (x, module.perp_A, module.perp_B))
+    for ours, theirs in zip(got, wanted):
+        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_ends_as_an_adapter_of_peft(tmp_path):
+    pytest.importorskip("peft")
+    model = pruned()
+    masks = model.pruning_masks
+    start = loss(model)
+    try:
+        train(model, tmp_path, PERPCallback(train="lora"))
+    except ValueError as error:
+        if "PEFT" in str(error) and "version" in str(error):
+            pytest.skip(str(error))
+        raise
+    assert loss(model) < start
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter_config.json").exists()
+    model.disable_adapters()
+    assert abs(loss(model) - start) < 1e-6
+    base = {n.replace("base_layer.", ""): p for n, p in model.named_parameters()}
+    assert all(not base[name][~masks[name]].any() for name in masks)
+
+
+@pytest.mark.parametrize("kind", ["mask_lora", "norm", "full", "head", "added_bias"])
+def test_resume_is_exact(kind, tmp_path):
+    start = pruned(tie_word_embeddings=kind == "head")
+    whole, half, resumed = (copy.deepcopy(start) for _ in range(3))
+    save = dict(save_strategy="steps", save_steps=3)
+    train(whole, tmp_path / "whole", PERPCallback(train=kind), **save)
+    train(half, tmp_path / "half", PERPCallback(train=kind), **save)
+    checkpoint = tmp_path / "half/checkpoint-3"
+    train(resumed, tmp_path / "half", PERPCallback(train=kind), resume=str(checkpoint), **save)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint)  # an ordinary model, half trained
+    assert not plain.pruning_masks.violations(plain) and loss(plain) < loss(start)
+
+
+def test_best_model_is_reloaded_and_merged(tmp_path):
+    model = pruned()
+    masks = model.pruning_masks
+    changes = dict(
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="loss", max_steps=8, learning_rate=0.1,
+    )  # fmt: skip
+    trainer = train(model, tmp_path, PERPCallback(), **changes)
+    assert holds(model, masks)
+    best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    assert abs(loss(best) - loss(model)) < 1e-6
+
+
+@pytest.mark.parametrize("changes", [
+    dict(gradient_accumulation_steps=3), dict(gradient_checkpointing=True), dict(bf16=True), dict(optim="sgd", optim_args="momentum=0.9"),
+    dict(optim="adafactor"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["mask_lora", "full"])
+def test_ways_to_train(kind, changes, tmp_path):
+    model = pruned()
+    masks, start = model.pruning_masks, loss(model)
+    rate = 1.0 if "optim" in changes and changes["optim"] == "sgd" else 1e-2
+    train(model, tmp_path, PERPCallback(train=kind), **{"learning_rate": rate, "weight_decay": 0.1, **changes})
+    assert holds(model, masks) and loss(model) < start and model.dtype == torch.float32
+
+
+def test_half_precision_model(tmp_path):
+    model = pruned(dtype=torch.bfloat16)
+    masks, start = model.pruning_masks, loss(model)
+    train(model, tmp_path, PERPCallback(train=("mask_lora", "norm")), bf16=True)
+    assert holds(model, masks) and loss(model) < start and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_fused_experts_are_named_and_left(tmp_path, caplog):
+    model = pruned("mixtral")
+    masks = model.pruning_masks
+    callback = PERPCallback()
+    train(model, tmp_path, callback)
+    assert holds(model, masks)
+
+
+def test_distillation(tmp_path):
+    dense, model = make("llama"), pruned()
+    plain = copy.deepcopy(model)
+
+    def divergence(student):
+        with torch.no_grad():
+            own, other = (m.eval()(input_ids=ids_for()).logits.log_softmax(-1) for m in (student, dense))
+        return float((other.exp() * (other - own)).sum(-1).mean())
+
+    start = divergence(model)
+    train(model, tmp_path, PERPCallback(train="full", distillation=Distillation(dense, weight=1.0)), learning_rate=1e-3)
+    train(plain, tmp_path, PERPCallback(train="full"), learning_rate=1e-3)
+    assert divergence(model) < start and divergence(model) < divergence(plain)
+    assert not model._forward_hooks
+
+
+def test_distillation_is_the_divergence():
+    dense, model = make("llama"), pruned()
+    hook = Distillation(dense, weight=0.25, temperature=2.0)
+    ids = ids_for()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    model.train()
+    plain = model(input_ids=ids, labels=labels)
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    output = model(input_ids=ids, labels=labels)
+    handle.remove()
+    own, other = (x.detach()[:, 4:-1] / 2 for x in (plain.logits, dense(input_ids=ids).logits))
+    divergence = nn.functional.kl_div(own.log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="sum")
+    assert torch.allclose(output.loss, 0.75 * plain.loss + 0.25 * 4 * divergence / own.shape[:2].numel(), atol=1e-5)
+    weight = model.lm_head.weight
+    (gradient,) = torch.autograd.grad(output.loss, weight)
+    kl = nn.functional.kl_div(
+        (plain.logits[:, 4:-1] / 2).log_softmax(-1), other.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    (wanted,) = torch.autograd.grad(0.75 * plain.loss + kl / own.shape[:2].numel(), weight)
+    assert torch.allclose(gradient, wanted, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops(tmp_path):
+    model = pruned()
+
+    class Spoil(KeepMasksCallback):
+        def on_substep_end(self, *args, **kwargs): ...
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                self.hook = model.lm_head.register_full_backward_hook(lambda m, i, o: (i[0] * float("nan"),))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback(), Spoil()])
+        trainer.train()
+    assert trainer.state.global_step == 4
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and holds(model, model.pruning_masks)
+
+
+def test_errors(tmp_path):
+    model = pruned()
+    before = snapshot(model)
+
+    def refused(match, model, callback, **changes):
+        with pytest.raises(ValueError, match=match):
+            train(model, tmp_path, callback, **changes)
+
+    refused("no masks", make("llama"), PERPCallback())
+    refused("must name some of", model, PERPCallback(train="mask-lora"))
+    refused("got nothing", model, PERPCallback(train=()))
+    refused("one adapter at a time", model, PERPCallback(train=("lora", "mask_lora")))
+    refused("only alone", model, PERPCallback(train=("full", "norm")))
+    refused("finds nothing to train.*added_bias", model, PERPCallback(train="bias"))
+    refused("rank must be", model, PERPCallback(rank=0))
+    refused("finds nothing to train.*no flag", pruned("gpt2"), PERPCallback(train="added_bias"))
+    assert same(model, before) and all(p.requires_grad for p in model.parameters())
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA)
+    trainer.add_callback(PERPCallback())
+    with pytest.raises(ValueError, match="came too late"):
+        trainer.train()
+    trainer = Trainer(model_init=pruned, args=arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
+    with pytest.raises(ValueError, match="came too late"):
+        trainer.train()
+    model = pruned()
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()], optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="optimizer does not know"):
+        trainer.train()
+    callback = PERPCallback()
+    Trainer(model := pruned(), arguments(tmp_path), train_dataset=DATA, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"adapters of an unfinished training"):
+        Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
+    callback.detach()
+    assert same(model, before) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(pruned(), tmp_path, PERPCallback(), save_strategy="steps", save_steps=3)
+    other = make("llama", seed=5)
+    other.prune(PruningConfig(pattern="2:4", n_samples=6, sequence_length=24), ids_for())
+    with pytest.raises(ValueError, match="begin with the pruned model"):
+        train(other, tmp_path, PERPCallback(), resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_nothing_is_held_twice():
+    model = pruned(hidden_size=128, intermediate_size=512)
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    attached = attach(model, model.pruning_masks, ("mask_lora",), rank=1)
+    module = next(m for m in model.modules() if isinstance(m, AdaptedLinear))
+    assert sum(b.numel() * b.element_size() for b in model.buffers() if b.dtype == torch.uint8) <= before / 31
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        module(torch.randn(2, 3, 128))
+    assert sum(t.numel() for t in saved) < module.weight.numel() / 4
+    attached.detach()
+
+
+def reconstructed(**options):
+    how = Reconstruction(batch_tokens=48, epochs=8, **options)
+    model = make("llama")
+    config = PruningConfig(pattern="2:4", n_samples=12, sequence_length=24)
+    report = model.prune(config, ids_for(12), reconstruct=how)
+    return model, report
+
+
+@pytest.mark.parametrize("targets", ["dense", "sparse"])
+@pytest.mark.parametrize("kind", ["full", "mask_lora"])
+def test_reconstruction(kind, targets):
+    model, report = reconstructed(train=kind, targets=targets, learning_rate=3e-3)
+    assert not model.pruning_masks.violations(model) and "reconstruction: error" in str(report)
+    assert all(after <= before for before, after in (block.reconstruction for block in report.blocks))
+    assert any(after < 0.9 * before for before, after in (block.reconstruction for block in report.blocks))
+    assert all(p.requires_grad and p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_reconstruction_is_never_worse():
+    model, report = reconstructed(learning_rate=1e3)
+    plain = make("llama")
+    plain.prune(PruningConfig(pattern="2:4", n_samples=12, sequence_length=24), ids_for(12), tokens_per_batch=48)
+    assert same(model, snapshot(plain)) and "left alone" in str(report)
+
+
+def test_reconstruction_resumes(tmp_path):
+    import hf_prune.sequential as sequential
+
+    model, _ = reconstructed()
+    config = PruningConfig(pattern="2:4", n_samples=12, sequence_length=24)
+    how = Reconstruction(batch_tokens=48, epochs=8)
+    again = make("llama")
+    original, calls = sequential.reconstruct_block, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    before = snapshot(again)
+    sequential.reconstruct_block = second_fails
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            again.prune(config, ids_for(12), resume_dir=tmp_path, reconstruct=how)
+    finally:
+        sequential.reconstruct_block = original
+    assert same(again, before)
+    again.prune(config, ids_for(12), resume_dir=tmp_path, reconstruct=how)
+    assert same(again, snapshot(model))
+    with pytest.raises(ValueError, match="reconstruct"):
+        make("llama").prune(config, ids_for(12), resume_dir=tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_reconstruct_what_is_pruned(family):
+    dense, model = make(family), make(family)
+    model.prune(PruningConfig(method="magnitude", pattern="2:4"))
+    how = Reconstruction(batch_tokens=48, epochs=4, learning_rate=3e-3)
+    errors = hf_prune.reconstruct(model, dense, ids_for(12), n_samples=12, sequence_length=24, how=how)
+    assert len(errors) == 2 and any(after < before for before, after in errors.values())
+    assert not model.pruning_masks.violations(model) and same(dense, snapshot(make(family)))
+    with pytest.raises(ValueError, match="no masks"):
+        hf_prune.reconstruct(dense, model, ids_for(12))
+    with pytest.raises(ValueError, match="another instance"):
+        hf_prune.reconstruct(model, model, ids_for(12), n_samples=12, sequence_length=24)
+    with pytest.raises(ValueError, match="at least two batches"):
+        hf_prune.reconstruct(model, dense, ids_for(2), n_samples=2, sequence_length=24)
