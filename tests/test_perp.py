@@ -35,9 +35,7 @@ def arguments(folder, **changes):
 def train(model, folder, callback, resume=None, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = Trainer(
-            model, arguments(folder, **changes), train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[callback]
-        )
+        trainer = Trainer(model, arguments(folder, **changes), train_dataset=DATA, eval_dataset=DATA[:4], callbacks=[callback])
         trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -60,7 +58,12 @@ def test_every_kind(kind, tmp_path):
     model = pruned(FAMILY.get(kind, "llama"))
     masks, before, start = model.pruning_masks, snapshot(model), loss(model)
     train(model, tmp_path / "run", PERPCallback(train=kind))
-    assert loss(model) < start and not same(model, {n: before.get(n) for n, _ in model.named_parameters()} if kind != "added_bias" else {n: before.get(n, torch.ones(1)) for n, _ in model.named_parameters()})
+    assert loss(model) < start and not same(
+        model,
+        {n: before.get(n) for n, _ in model.named_parameters()}
+        if kind != "added_bias"
+        else {n: before.get(n, torch.ones(1)) for n, _ in model.named_parameters()},
+    )
     assert holds(model, masks)
     assert all(p.requires_grad for p in model.parameters())
     model.save_pretrained(tmp_path / "out")
@@ -259,7 +262,7 @@ def test_errors(tmp_path):
     trainer.add_callback(PERPCallback())
     with pytest.raises(ValueError, match="came too late"):
         trainer.train()
-    trainer = Trainer(model_init=pruned, args=arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
+    trainer = Trainer(model_init=lambda: pruned(), args=arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
     with pytest.raises(ValueError, match="came too late"):
         trainer.train()
     model = pruned()
