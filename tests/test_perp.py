@@ -1,7 +1,12 @@
 """Retraining: every kind of trainable keeps the masks through training, saving, resuming, best-model reload and merge."""
 
 import copy
+import os
+import subprocess
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +277,36 @@ def test_errors(tmp_path):
         Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
     callback.detach()
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
+
+
+def test_sharded_parameters_are_refused():
+    args = types.SimpleNamespace(fsdp="full_shard", deepspeed=None)
+    with pytest.raises(ValueError, match="use DDP"):
+        PERPCallback().on_init_end(args, None, None, model=pruned())
+
+
+@pytest.mark.parametrize("kind", ["mask_lora", "full"])
+def test_two_processes(kind, tmp_path):
+    script = f"""
+import sys, torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+import test_perp
+model = test_perp.pruned()
+masks = model.pruning_masks
+test_perp.train(model, {str(tmp_path / "run")!r}, test_perp.PERPCallback(train={kind!r}), save_strategy="steps", save_steps=3)
+assert test_perp.holds(model, masks) and torch.distributed.get_world_size() == 2
+torch.save(model.state_dict(), {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "script.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
+    assert not plain.pruning_masks.violations(plain)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
