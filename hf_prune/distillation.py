@@ -34,7 +34,11 @@ class Distillation:
         inputs = {k: kwargs[k].to(device) for k in ("input_ids", "attention_mask", "position_ids") if kwargs.get(k) is not None}
         with torch.no_grad():
             teacher = self.teacher(**inputs, use_cache=False).logits
-        student = output["logits"]
+        student = output.get("logits")
+        if student is None:
+            raise ValueError(
+                "distillation needs logits, and the model gave none: TRL's SFTTrainer fuses the head into its loss. Use Trainer."
+            )
         if teacher.shape != student.shape:
             raise ValueError(f"the teacher's logits {tuple(teacher.shape)} do not match the student's {tuple(student.shape)}.")
         wanted = (labels[:, 1:] != -100).reshape(-1).nonzero().squeeze(1).to(student.device)
