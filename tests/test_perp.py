@@ -2,6 +2,7 @@
 
 import copy
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -307,6 +308,18 @@ torch.save(model.state_dict(), {str(tmp_path)!r} + f"/{{torch.distributed.get_ra
     assert all(torch.equal(first[name], second[name]) for name in first)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
     assert not plain.pruning_masks.violations(plain)
+
+
+def test_example(tokenizer, tmp_path, monkeypatch):
+    make("llama").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "texts.txt").write_text(" ".join(map(str, ids_for(120).flatten().tolist())))
+    paths = [str(tmp_path / name) for name in ("dense", "texts.txt", "out")]
+    short = ["--samples", "100", "--length", "24", "--steps", "4"]
+    monkeypatch.setattr(sys, "argv", ["retrain.py", *paths, *short])
+    runpy.run_path(str(Path(__file__).parent.parent / "examples/retrain.py"))
+    model = hf_prune.load(tmp_path / "out")
+    assert model.pruning_report.evaluations and model.pruning_masks.patterns["model.layers.0.mlp.up_proj.weight"] == "2:4"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
