@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -82,7 +83,7 @@ def batches_of(sequences: list[Tensor], tokens_per_batch: int) -> list[Tensor]:
 
 def _named(source: str, seed: int) -> Iterable:
     path = Path(source)
-    if path.suffix in _FILES or path.exists():
+    if path.suffix in _FILES or os.path.exists(source):  # where Path.exists() fails on a name of a text's length
         return _read_file(path)
     if any(character.isspace() for character in source) or not source:
         raise ValueError(
@@ -102,18 +103,28 @@ def _named(source: str, seed: int) -> Iterable:
 
 
 def _read_file(path: Path) -> list:
-    if not path.is_file():
-        raise ValueError(f"the calibration file {path} does not exist.")
+    if not os.path.isfile(path):
+        raise ValueError(f"the calibration file {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     if path.suffix == ".parquet":
         from datasets import Dataset
 
         return Dataset.from_parquet(str(path))
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json":
-        return json.loads(text)
-    return [text] if text.strip() else []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the calibration file {path} is not text in UTF-8: {error}.") from error
+    if path.suffix not in (".json", ".jsonl"):
+        return [text] if text.strip() else []
+    found = []
+    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"the calibration file {path} is not JSON in line {max(number, error.lineno)}: {error.msg}."
+            ) from error
+    return found if path.suffix == ".jsonl" or not found else found[0]
 
 
 def _is_ids(item: Any) -> bool:

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .methods import Method, make
 from .methods.base import REGISTRY
 from .patterns import COMPARISON_GROUPS, NM, Pattern, parse
 
+
+logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "pruning_config.json"
 
@@ -64,6 +68,8 @@ class PruningConfig:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
         self.method_options = self.method.options()
         self.pattern = parse(self.pattern, self.sparsity)
+        if self.sparsity not in (0.5, self.pattern.sparsity):
+            logger.warning(f"sparsity={self.sparsity} is not used: pattern '{self.pattern}' means {self.pattern.sparsity:g}.")
         self.sparsity = self.pattern.sparsity
         for name in ("include", "exclude"):
             globs = getattr(self, name)

@@ -187,6 +187,8 @@ def test_undo_in_memory_when_the_disk_is_small(monkeypatch):
         (torch.rand(6, 24), ValueError, "whole numbers"),
         ("some words that are text", ValueError, "list of texts"),
         ("missing.jsonl", ValueError, "does not exist"),
+        ("words " * 500, ValueError, "list of texts"),
+        ("words " * 500 + "end.txt", ValueError, "calibration file"),
     ],
 )  # fmt: skip
 def test_calibration_refuses(llama, calibration, error, message):
@@ -194,6 +196,30 @@ def test_calibration_refuses(llama, calibration, error, message):
     with pytest.raises(error, match=message):
         llama.prune(config(), calibration)
     assert same(llama, before)
+
+
+@pytest.mark.parametrize(
+    "name,content,message",
+    [
+        ("a.txt", "caf\xe9".encode("latin-1"), "a.txt is not text in UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{text: two}', "a.jsonl is not JSON in line 2"),
+        ("a.json", b"[1,\n", "a.json is not JSON in line"),
+        ("a.jsonl", None, "is a folder"),
+    ],
+)
+def test_calibration_files_that_cannot_be_read(llama, tmp_path, name, content, message):
+    (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        llama.prune(config(), str(tmp_path / name))
+
+
+def test_a_sparsity_that_the_pattern_overrules_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_prune.config.logger.warning", said.append)
+    PruningConfig(pattern="2:4", sparsity=0.6)
+    PruningConfig(pattern="1:4")
+    PruningConfig.from_dict(PruningConfig(pattern="1:4").to_dict())
+    assert len(said) == 1 and "sparsity=0.6 is not used" in said[0]
 
 
 def test_sequence_longer_than_positions(llama):
