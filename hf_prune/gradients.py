@@ -45,7 +45,6 @@ def model_gradients(
     norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
     device = model.get_input_embeddings().weight.device
     longest = max(map(len, samples)) - 1  # the loss is a mean, but its gradient is made larger, lest it underflows in fp16
-    head = _plain_head(model, samples[0][:8].to(device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_streamed(model, parameters, norms, 1 / longest, linears if by_token else [], checkpointing))
@@ -59,15 +58,9 @@ def model_gradients(
         together = by_token and all(linear.expert is None for linear in linears)
         batches = batches_of(samples, _BATCH_TOKENS) if together else [ids[None] for ids in samples]
         for ids in tqdm(batches, desc="gradients", unit="batch"):
-            scale = longest / (ids.shape[1] - 1)
-            if head is None:
-                logits = model(input_ids=ids.to(device), use_cache=False).logits
-                logits.backward(_loss_gradient(logits, ids, scale))
-                del logits
-            else:
-                hidden = model.base_model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-                hidden.backward(_hidden_gradient(hidden, head, ids, scale))
-                del hidden
+            logits = model(input_ids=ids.to(device), use_cache=False).logits
+            logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
+            del logits
     return _finished(norms, len(samples))
 
 
@@ -152,53 +145,24 @@ class _TokenGradients(torch.autograd.Function):
         return gradient, None, None
 
 
-@torch.no_grad()
-def _plain_head(model: nn.Module, ids: Tensor) -> nn.Module | None:
-    """The output embedding, if the logits are what it makes of the last hidden states and nothing else, as seen on `ids`."""
-    head = model.get_output_embeddings()
-    if model.base_model is model:
-        return None
-    hidden = getattr(model.base_model(input_ids=ids[None], use_cache=False), "last_hidden_state", None)
-    if hidden is None or not torch.equal(head(hidden), model(input_ids=ids[None], use_cache=False).logits):
-        return None
-    return head
-
-
-@torch.no_grad()
-def _hidden_gradient(hidden: Tensor, head: nn.Module, ids: Tensor, scale: float) -> Tensor:
-    """Gradient of `scale` times the summed next-token cross-entropy of `ids` (samples, length), with respect to the last `hidden`
-    (samples, length, d); a few rows of logits at a time, for with a large vocabulary they are the peak."""
-    gradient = torch.zeros_like(hidden)
-    for states, into, targets in zip(hidden.detach(), gradient, ids[:, 1:]):
-        for some, rows, wanted in zip(states[:-1].split(_ROWS), into[:-1].split(_ROWS), targets.split(_ROWS)):
-            logits = head(some)
-            _subtract_targets(logits, wanted)
-            rows.copy_(logits.mul_(scale) @ head.weight if scale != 1.0 else logits @ head.weight)
-    return gradient
-
-
 def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """The same with respect to `logits` (samples, length, vocabulary).
+    """Gradient of `scale` times the summed next-token cross-entropy of `ids` (samples, length), with respect to `logits` (samples,
+    length, vocabulary).
 
-    Written over the logits themselves where the backward pass does not need them: autograd would keep three more buffers of
-    that size.
+    softmax - one-hot, written over the logits themselves where the backward pass does not need them: autograd would keep
+    three more buffers of that size, and with a large vocabulary they are the peak.
     """
     own = type(logits.grad_fn).__name__ in _KEEP_NO_OUTPUT  # were it wrong, autograd would refuse, not err
     gradient = logits.detach() if own else logits.detach().clone()
-    for rows, targets in zip(gradient, ids[:, 1:]):
-        for some, wanted in zip(rows[:-1].split(_ROWS), targets.split(_ROWS)):
-            _subtract_targets(some, wanted)
-        rows[-1] = 0
+    count = ids.shape[1] - 1
+    for rows, targets in zip(gradient, ids[:, 1:].to(logits.device)):
+        for piece in rows.split(128):
+            torch.softmax(piece, dim=-1, out=piece)
+        rows[torch.arange(count, device=logits.device), targets] -= 1.0
+        rows[count:] = 0
     return gradient if scale == 1.0 else gradient.mul_(scale)
 
 
-def _subtract_targets(logits: Tensor, targets: Tensor) -> None:
-    """softmax - one-hot, in place of `logits` (tokens, vocabulary)."""
-    torch.softmax(logits, dim=-1, out=logits)
-    logits[torch.arange(len(targets), device=logits.device), targets.to(logits.device)] -= 1.0
-
-
-_ROWS = 128  # of logits that are looked at together
 _KEEP_NO_OUTPUT = {"UnsafeViewBackward0", "MmBackward0"}
 
 
