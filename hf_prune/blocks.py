@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -362,6 +363,86 @@ def _replaced(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
         yield
     finally:
         delattr(module, attribute) if own is None else setattr(module, attribute, own)
+
+
+class Part:
+    """A block, or one of its two residual branches with the norms that belong to it, run alone.
+
+    Attributes:
+        module: what is in it; its parameters have the names that they have in the block.
+    """
+
+    def __init__(
+        self, block: Block, children: list[str] | None = None, end: nn.Module | None = None, silent: dict | None = None
+    ):
+        self.block, self._end, self._silent = block, end, silent or {}
+        self.module = block.module
+        if children is not None:
+            self.module = nn.ModuleDict({name: block.module.get_submodule(name) for name in children})
+
+    def run(self, call: Call, hidden: Tensor) -> Tensor:
+        """The hidden states after this part for those before it, both (batch, length, d)."""
+        with contextlib.ExitStack() as stack:
+            for module, rest in self._silent.items():
+                stack.enter_context(_replaced(module, "forward", partial(_silence, hidden.to(self.block.device), rest)))
+            if self._end is not None:
+                stack.callback(self._end.register_forward_pre_hook(_stop, with_kwargs=True).remove)
+            try:
+                return call.run(self.block, hidden)
+            except _Reached as reached:
+                return reached.args[0]
+
+
+@torch.no_grad()
+def halves_of(block: Block, call: Call, hidden: Tensor) -> list[Part]:
+    """Attention and MLP as two parts, one after the other; the whole block where they are not that (parallel branches).
+
+    Found by trying: what reaches one of the modules after the first that holds linears must be all that the rest depends on.
+    """
+    first = block.linears[0].name.removeprefix(f"{block.name}.").split(".")[0] if block.linears else None
+    order: list[str] = []
+    entered: list[tuple[str, Tensor]] = []
+    structure: list = []
+    with contextlib.ExitStack() as stack:
+        for name, child in block.module.named_children():
+
+            def entering(module, args, kwargs, name=name):
+                order.append(name)
+                if structure:
+                    entered.append((name, args[0] if args else next(iter(kwargs.values()), None)))
+
+            stack.callback(child.register_forward_pre_hook(entering, with_kwargs=True).remove)
+            if name == first:
+                stack.callback(child.register_forward_hook(lambda module, args, output: structure.append(output)).remove)
+        whole = call.run(block, hidden)
+    if len(set(order)) == len(order) and structure:
+        output = structure[0]
+        rest = None if isinstance(output, Tensor) else tuple(output[1:])
+        for name, x in entered:
+            if not isinstance(x, Tensor) or x.shape != hidden.shape:
+                continue
+            cut, child = order.index(name), block.module.get_submodule(name)
+            parts = [
+                Part(block, order[:cut], end=child),
+                Part(block, order[cut:], silent={block.module.get_submodule(first): rest}),
+            ]
+            if (parts[1].run(call, x) - whole).norm() <= 1e-5 * whole.norm() and any(
+                p.dim() > 1 for p in parts[1].module.parameters()
+            ):
+                return parts
+    return [Part(block)]
+
+
+class _Reached(Exception):
+    pass
+
+
+def _stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    raise _Reached(args[0] if args else next(iter(kwargs.values())))
+
+
+def _silence(hidden: Tensor, rest: tuple | None, *args: Any, **kwargs: Any) -> Any:
+    return torch.zeros_like(hidden) if rest is None else (torch.zeros_like(hidden), *rest)
 
 
 def _linears_of(block: Block) -> Iterator[Linear]:

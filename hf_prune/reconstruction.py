@@ -1,4 +1,4 @@
-"""Each pruned block is trained to give the dense block's output: a block at a time, in the memory of one block.
+"""Each pruned block is trained to give the dense block's output: half a block at a time, in the memory of one block.
 
 EBFT (arXiv 2402.12419) and "A Free Lunch in LLM Compression" (2510.14444): local reconstruction does what retraining the whole
 model does, with less data. Targets follow the dense model ("dense": the block also makes up for the errors of those before it)
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Block, Call, Decoder, eager_experts
+from .blocks import Block, Call, Decoder, Part, eager_experts, halves_of
 from .masks import Masks
 from .perp import attach, masked_gradients
 
 
 TARGETS = ("dense", "sparse")
+UNITS = ("half", "block")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Reconstruction:
     """How blocks are reconstructed.
 
     Attributes:
-        train: as for `hf_prune.perp.attach`; "full" trains all of the block under its masks.
+        train: as for `hf_prune.perp.attach`; "full" trains all of a unit under its masks.
+        unit: "half" trains attention and MLP one after the other, each towards its own place in the residual stream (2510.14444:
+            as good and cheapest); a block whose branches do not follow one another is trained whole, as with "block".
         targets: "dense" or "sparse", see above.
         epochs: over the calibration sequences that are not held out.
         learning_rate: of AdamW without weight decay, linear decay after 10 % of warm-up; None takes what measured best.
@@ -44,6 +47,7 @@ class Reconstruction:
     """
 
     train: tuple[str, ...] | str = "full"
+    unit: str = "half"
     targets: str = "dense"
     epochs: int = 4
     learning_rate: float | None = None
@@ -56,6 +60,8 @@ class Reconstruction:
     def __post_init__(self):
         if self.targets not in TARGETS:
             raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
+        if self.unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}.")
         if self.epochs < 1 or not 0 < self.held_out < 1 or self.batch_tokens < 1:
             raise ValueError(f"epochs and batch_tokens must be positive and held_out in (0, 1): got {self}.")
 
@@ -79,43 +85,89 @@ class Reconstruction:
         return list(range(n_batches - held)), list(range(n_batches - held, n_batches))
 
 
-@torch.enable_grad()
+def parts_of(block: Block, call: Call, hidden: Tensor, how: Reconstruction) -> list[Part]:
+    """What of `block` is trained at a time."""
+    return halves_of(block, call, hidden) if how.unit == "half" else [Part(block)]
+
+
+@torch.no_grad()
+def outputs_of(
+    parts: list[Part], calls: list[Call], inputs: list[Tensor], store: torch.device | None = None
+) -> list[list[Tensor]]:
+    """For each part the hidden states after it, a tensor (sequences, length, d) a batch as `inputs`."""
+    outputs = []
+    for part in parts:
+        inputs = [part.run(call, x) for call, x in zip(calls, inputs)]
+        inputs = inputs if store is None else [x.to(store) for x in inputs]
+        outputs.append(inputs)
+    return outputs
+
+
 def reconstruct_block(
-    block: Block, masks: Masks, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], how: Reconstruction
+    parts: list[Part], masks: Masks, calls: list[Call], inputs: list[Tensor], targets: list[list[Tensor]], how: Reconstruction
 ) -> tuple[float, float]:
-    """Trains `block` in place towards `targets`, a tensor (sequences, length, d) a batch as `inputs`.
+    """Trains the `parts` of a block in place, one after the other, each towards its `targets` (see `outputs_of`).
 
     Args:
         masks: of the block's parameters, by their names within the model.
 
     Returns:
-        Relative squared error on the held-out batches before and after.
+        Relative squared error of the block on the held-out batches before and after; equal if it did not fall, and then
+        nothing has changed.
     """
-    trained, held = how.split(len(inputs))
-    local = Masks({name.removeprefix(f"{block.name}."): masks[name] for name in masks if name.startswith(f"{block.name}.")})
+    _, held = how.split(len(inputs))
+    block = parts[0].block
+    whole, states = Part(block), inputs
+    if len(parts) > 1 and not all(_trainable(part, masks, how) for part in parts):  # biases of the attention only, say
+        parts, targets = [whole], targets[-1:]
     before = [(p, p.detach().clone()) for p in block.module.parameters()]
-    attached = attach(block.module, local, how.train, rank=how.rank, alpha=how.alpha, seed=how.seed, upcast=True)
-    half = next(block.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
-    hooks = []
+    better = False
+    try:
+        first = best = _error(whole, calls, inputs, targets[-1], held)
+        for part, wanted in zip(parts, targets):
+            _train(part, masks, calls, states, wanted, how)
+            if part is not parts[-1]:
+                (states,) = outputs_of([part], calls, states)
+        now = _error(whole, calls, inputs, targets[-1], held)
+        better = now < first
+        best = now if better else first
+    finally:
+        if not better:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+    return first, best
+
+
+@torch.enable_grad()
+def _train(
+    part: Part, masks: Masks, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], how: Reconstruction
+) -> None:
+    """Leaves `part` with what was best on the held-out batches, which may be what it was."""
+    trained, held = how.split(len(inputs))
+    local = _masks_within(part, masks)
+    attached = attach(part.module, local, how.train, rank=how.rank, alpha=how.alpha, seed=how.seed, upcast=True)
+    half = next(part.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
+    device, hooks = part.block.device, []
     try:
         parameters = list(attached.trainable.values())
-        hooks += [hook for _, _, hook in masked_gradients(block.module, local)]
+        hooks += [hook for _, _, hook in masked_gradients(part.module, local)]
         steps = how.epochs * len(trained)
         optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warm_up=max(1, steps // 10), steps=steps))
         order = torch.Generator().manual_seed(how.seed)
-        with torch.autocast(block.device.type, dtype=torch.bfloat16, enabled=half):
-            first = best = _error(block, calls, inputs, targets, held)
-            kept, worse = [], 0
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            best, worse = _error(part, calls, inputs, targets, held), 0
+            kept = [p.detach().clone() for p in parameters]
             for _ in range(how.epochs):
                 for i in torch.randperm(len(trained), generator=order).tolist():
-                    output, target = calls[i].run(block, inputs[i]), targets[i].to(block.device)
-                    (_squares(output, target) / _squares(inputs[i].to(block.device), target)).backward()
+                    output, target = part.run(calls[i], inputs[i]), targets[i].to(device)
+                    (_squares(output, target) / _squares(inputs[i].to(device), target)).backward()
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                     optimizer.step()
                     schedule.step()
                     optimizer.zero_grad()
-                now = _error(block, calls, inputs, targets, held)
+                now = _error(part, calls, inputs, targets, held)
                 if now < best:
                     best, kept, worse = now, [p.detach().clone() for p in parameters], 0
                 elif (worse := worse + 1) == 2 or not math.isfinite(now):
@@ -123,19 +175,26 @@ def reconstruct_block(
         with torch.no_grad():
             for parameter, value in zip(parameters, kept):
                 parameter.copy_(value)
-        attached.merge() if kept else attached.detach()
+        attached.merge()
     except BaseException:
         attached.detach()
-        kept = []
         raise
     finally:
         for hook in hooks:
             hook.remove()
-        if not kept:
-            with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
-    return first, best
+
+
+def _masks_within(part: Part, masks: Masks) -> Masks:
+    names = {name: f"{part.block.name}.{name}" for name, _ in part.module.named_parameters()}
+    return Masks({name: masks[full] for name, full in names.items() if full in masks})
+
+
+def _trainable(part: Part, masks: Masks, how: Reconstruction) -> bool:
+    try:
+        attach(part.module, _masks_within(part, masks), how.train, rank=how.rank).detach()
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -158,10 +217,15 @@ def reconstruct_blocks(
         wanted, dense_calls = dense.capture(batches)
         for index, block in enumerate(tqdm(decoder.blocks, desc="reconstruction", unit="block")):
             wanted = wanted if how.targets == "dense" else states
-            wanted = [call.run(dense.blocks[index], x) for call, x in zip(dense_calls[index], wanted)]
+            parts = parts_of(block, calls[index][0], states[0], how)
+            originals = parts_of(dense.blocks[index], dense_calls[index][0], wanted[0], how)
+            if len(parts) != len(originals):
+                parts, originals = [Part(block)], [Part(dense.blocks[index])]
+            targets = outputs_of(originals, dense_calls[index], wanted)
             for parameter in block.module.parameters():
                 before_change(parameter)
-            errors[block.name] = reconstruct_block(block, masks, calls[index], states, wanted, how)
+            errors[block.name] = reconstruct_block(parts, masks, calls[index], states, targets, how)
+            wanted = targets[-1]
             states = [call.run(block, x) for call, x in zip(calls[index], states)]
             calls[index].clear()
             dense_calls[index].clear()
@@ -173,13 +237,13 @@ def _linear(step: int, warm_up: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def _error(block: Block, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], which: Iterable[int]) -> float:
-    """What is left of the block's change; 1.0 would be a block that does nothing."""
+def _error(part: Part, calls: list[Call], inputs: list[Tensor], targets: list[Tensor], which: Iterable[int]) -> float:
+    """What is left of the part's change; 1.0 would be a part that does nothing."""
     missed = change = 0.0
     for i in which:
-        target = targets[i].to(block.device)
-        missed += float(_squares(calls[i].run(block, inputs[i]), target))
-        change += float(_squares(inputs[i].to(block.device), target))
+        target = targets[i].to(part.block.device)
+        missed += float(_squares(part.run(calls[i], inputs[i]), target))
+        change += float(_squares(inputs[i].to(part.block.device), target))
     return missed / change
 
 

@@ -21,7 +21,7 @@ from .journal import Journal
 from .masks import Masks
 from .methods import Magnitude, Method
 from .patterns import NM, Pattern, lowest_of_all
-from .reconstruction import Reconstruction, reconstruct_block
+from .reconstruction import Reconstruction, outputs_of, parts_of, reconstruct_block
 from .report import BlockReport, LinearReport
 from .statistics import GradientNorm
 
@@ -148,7 +148,8 @@ def prune_blocks(
                 )
             arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
             inputs = list(states) if how else []
-            targets = [_stored(call.run(block, x), store) for call, x in zip(arguments, dense or inputs)]
+            parts = parts_of(block, arguments[0], inputs[0], how) if how else []
+            targets = outputs_of(parts, arguments, dense or inputs, store)
             if plan.propagate == "linear":
                 work.in_one_pass(arguments, states, store)
             else:
@@ -165,9 +166,9 @@ def prune_blocks(
                         if name in masks or name in plan.kept
                     }
                 )
-                reconstruction = reconstruct_block(block, held, arguments, inputs, targets, how)
+                reconstruction = reconstruct_block(parts, held, arguments, inputs, targets, how)
                 states = [_stored(call.run(block, x), store) for call, x in zip(arguments, inputs)]
-                dense = targets if dense else []
+                dense = targets[-1] if dense else []
             after = calls[index][-1].run(block, hidden[-1])
             hidden = [*states, _stored(after, store)]
             calls[index].clear()

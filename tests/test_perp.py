@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ids_for, make, same, snapshot
+from conftest import FAMILIES, ids_for, make, same, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_prune
 from hf_prune import Distillation, KeepMasksCallback, PERPCallback, PruningConfig, Reconstruction
+from hf_prune.blocks import Decoder, eager_experts, halves_of
 from hf_prune.perp import KINDS, AdaptedLinear, attach
+from hf_prune.reconstruction import outputs_of
 
 
 DATA = [{"input_ids": ids, "labels": ids} for ids in ids_for(24, 16)]
@@ -351,14 +353,44 @@ def reconstructed(**options):
     return model, report
 
 
+@pytest.mark.parametrize("unit", ["half", "block"])
 @pytest.mark.parametrize("targets", ["dense", "sparse"])
 @pytest.mark.parametrize("kind", ["full", "mask_lora"])
-def test_reconstruction(kind, targets):
-    model, report = reconstructed(train=kind, targets=targets, learning_rate=3e-3)
+def test_reconstruction(kind, targets, unit):
+    model, report = reconstructed(train=kind, targets=targets, unit=unit, learning_rate=3e-3)
     assert not model.pruning_masks.violations(model) and "reconstruction: error" in str(report)
     assert all(after <= before for before, after in (block.reconstruction for block in report.blocks))
     assert any(after < 0.9 * before for before, after in (block.reconstruction for block in report.blocks))
     assert all(p.requires_grad and p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+WHOLE = {"gpt_neox", "opt", "bloom", "falcon"}  # parallel branches, or a branch that adds the residual itself
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_one_after_the_other_are_the_block(family):
+    model = make(family)
+    decoder = Decoder(model)
+    with eager_experts(model), torch.no_grad():
+        (state,), calls = decoder.capture([ids_for(4, 20)])
+        for block, (call,) in zip(decoder.blocks, calls):
+            parts = halves_of(block, call, state)
+            assert len(parts) == (1 if family in WHOLE else 2)
+            names = [name for part in parts for name, _ in part.module.named_parameters()]
+            assert sorted(names) == sorted(name for name, _ in block.module.named_parameters())
+            (*_, outputs) = outputs_of(parts, [call], [state])
+            state = call.run(block, state)
+            assert torch.equal(outputs[0], state)
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_half_without_anything_to_train_leaves_the_block_whole():
+    model, dense = pruned("qwen2"), make("qwen2")
+    how = Reconstruction(train="bias", batch_tokens=48, learning_rate=3e-2)
+    before = snapshot(model)
+    errors = hf_prune.reconstruct(model, dense, ids_for(12), n_samples=12, sequence_length=24, how=how)
+    changed = {name.split(".")[-1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"bias"} and any(after < start for start, after in errors.values())
 
 
 def test_reconstruction_is_never_worse():
