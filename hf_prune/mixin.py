@@ -66,7 +66,13 @@ class PruningMixin:
             raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}.")
         check_model(self)
         state = settle(self)
-        new_masks, report = prune_model(
+
+        def keep(masks: Masks, report: PruningReport) -> None:
+            if state and state.report:
+                report.base_model = state.report.base_model
+            _attach(self, PruningState(masks, config.to_dict(), report))
+
+        _, report = prune_model(
             self,
             config,
             calibration,
@@ -77,14 +83,12 @@ class PruningMixin:
             store=store,
             resume_dir=resume_dir,
             reconstruct=reconstruct,
+            keep=keep,
         )
         if is_dequantized(self):  # plain weights by now, but transformers would refuse to save them
             self.hf_quantizer = None
             self.is_quantized = False
             del self.config.quantization_config
-        if state and state.report:
-            report.base_model = state.report.base_model
-        _attach(self, PruningState(new_masks, config.to_dict(), report))
         return report
 
     @property

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def prune_model(
     store: str | torch.device | None = None,
     resume_dir: str | Path | None = None,
     reconstruct: Reconstruction | bool | None = None,
+    keep: Callable[[Masks, PruningReport], None] | None = None,
 ) -> tuple[Masks, PruningReport]:
     """Prunes the linears of `model` in place; returns their masks and a report.
 
@@ -64,6 +65,7 @@ def prune_model(
             equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it when the
             model is saved. Methods that need no data take seconds and keep no journal.
         reconstruct: train each block, once it is pruned, to give the dense model's output; True takes the defaults.
+        keep: is given the result as long as everything can still be undone.
 
     Raises:
         ValueError, TypeError: anything that cannot be pruned as asked, a journal of another pruning too. The model is then as it was before the call, also
@@ -72,7 +74,8 @@ def prune_model(
     started = time.perf_counter()
     check_model(model)
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
-    with _calm(model), _peak_memory(model) as peak:
+    peak = _count_peak(model)
+    with _calm(model):
         _check_weights(model)
         decoder = Decoder(model)
         linears, skipped = _targets(decoder, config)
@@ -127,35 +130,37 @@ def prune_model(
                     gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
                     journal=journal,
                 )
+            for name in old_masks:
+                if name not in masks:
+                    masks[name] = old_masks[name]
+            masks.patterns = {name: pattern for name, pattern in old_masks.patterns.items() if name not in parameters}
+            for linear in chosen:  # the experts in one parameter may differ
+                known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
+                if str(patterns[linear.name]) not in known.split(", "):
+                    masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
+            report = PruningReport(
+                config={**config.to_dict(), **({"reconstruct": dataclasses.asdict(how)} if how else {})},
+                model=type(model).__name__,
+                blocks=blocks,
+                sparsity=masks.sparsity(),
+                model_sparsity=masks.sparsity() * masks.numel() / sum(p.numel() for p in model.parameters()),
+                sequences=len(sequences),
+                tokens=sum(map(len, sequences)),
+                seconds=time.perf_counter() - started,
+                gradient_seconds=gradient_seconds,
+                peak_memory=peak(),
+                skipped=skipped,
+                base_model=_base_of(model),
+                calibration=_described(calibration) if sequences else "",
+                versions={name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")},
+            )
+            if keep is not None:
+                keep(masks, report)
         except BaseException:
             undo.restore()
             raise
         finally:
             undo.close()
-    for name in old_masks:
-        if name not in masks:
-            masks[name] = old_masks[name]
-    masks.patterns = {name: pattern for name, pattern in old_masks.patterns.items() if name not in parameters}
-    for linear in chosen:  # the experts in one parameter may differ
-        known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
-        if str(patterns[linear.name]) not in known.split(", "):
-            masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
-    report = PruningReport(
-        config={**config.to_dict(), **({"reconstruct": dataclasses.asdict(how)} if how else {})},
-        model=type(model).__name__,
-        blocks=blocks,
-        sparsity=masks.sparsity(),
-        model_sparsity=masks.sparsity() * masks.numel() / sum(p.numel() for p in model.parameters()),
-        sequences=len(sequences),
-        tokens=sum(map(len, sequences)),
-        seconds=time.perf_counter() - started,
-        gradient_seconds=gradient_seconds,
-        peak_memory=peak(),
-        skipped=skipped,
-        base_model=_base_of(model),
-        calibration=_described(calibration) if sequences else "",
-        versions={name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")},
-    )
     for name, why in {
         **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
         **report.notes,
@@ -414,19 +419,17 @@ def _calm(model: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-@contextlib.contextmanager
-def _peak_memory(model: PreTrainedModel) -> Iterator[Any]:
-    """Within, counts the highest memory; yields a function that tells it in bytes, or None where the system does not."""
+def _count_peak(model: PreTrainedModel) -> Callable[[], int | None]:
+    """Counts the highest memory from now on; tells it in bytes when called, or None where the system does not."""
     device = next(model.parameters()).device
-    peak: int | None = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    yield lambda: peak
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
+        return lambda: torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+    def peak() -> int | None:
         with contextlib.suppress(OSError), open("/proc/self/status") as file:
-            peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), None)
+
+    return peak

@@ -162,6 +162,21 @@ def test_interrupted_half_way(method, error, monkeypatch):
     model.prune(config(method=method), ids_for())
 
 
+@pytest.mark.parametrize("place", ["hf_prune.pruning.PruningReport", "hf_prune.mixin._attach"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_interrupted_at_the_very_end(method, place, llama, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    before = snapshot(llama)
+    monkeypatch.setattr(place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llama.prune(config(method=method), ids_for())
+    assert same(llama, before) and llama.pruning_masks is None
+    monkeypatch.undo()
+    assert llama.prune(config(method=method), ids_for()).peak_memory and llama.pruning_masks
+
+
 def test_undo_in_memory_when_the_disk_is_small(monkeypatch):
     import collections
     import shutil
