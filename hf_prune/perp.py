@@ -190,6 +190,7 @@ class Attached:
         """Takes everything off again; what was trained in place stays trained, adapters and added biases are lost."""
         for module in self._biases:
             module.bias = None
+        self._biases = []
         for name, value in self._flags.items():
             setattr(self.model.config, name, value)
         self._end()

@@ -156,7 +156,8 @@ def _train(
         optimizer = torch.optim.AdamW(parameters, lr=how.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_linear, warm_up=max(1, steps // 10), steps=steps))
         order = torch.Generator().manual_seed(how.seed)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        # Its cache would go on serving the weights of the first step.
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=False):
             best, worse = _error(part, calls, inputs, targets, held), 0
             kept = [p.detach().clone() for p in parameters]
             for _ in range(how.epochs):

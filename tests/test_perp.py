@@ -393,6 +393,21 @@ def test_a_half_without_anything_to_train_leaves_the_block_whole():
     assert changed == {"bias"} and any(after < start for start, after in errors.values())
 
 
+def test_reconstruction_in_half_precision_learns():
+    model, dense = pruned(dtype=torch.bfloat16), make("llama", dtype=torch.bfloat16)
+    how = Reconstruction(batch_tokens=48, epochs=8, learning_rate=3e-3)
+    errors = hf_prune.reconstruct(model, dense, ids_for(12), n_samples=12, sequence_length=24, how=how)
+    assert all(after < 0.9 * before for before, after in errors.values())
+    assert not model.pruning_masks.violations(model) and model.dtype == torch.bfloat16
+
+
+def test_added_biases_come_off_again():
+    model = pruned()
+    before = snapshot(model)
+    attach(model, model.pruning_masks, "added_bias").detach()
+    assert same(model, before) and not model.config.attention_bias and "bias" not in " ".join(model.state_dict())
+
+
 def test_reconstruction_is_never_worse():
     model, report = reconstructed(learning_rate=1e3)
     plain = make("llama")
