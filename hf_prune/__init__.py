@@ -22,6 +22,7 @@ __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model", "reconstruct", "register",
+    "sweep_learning_rate",
 ]  # fmt: skip
 
 install()
@@ -32,4 +33,8 @@ def __getattr__(name: str):
         from . import callbacks
 
         return getattr(callbacks, name)
+    if name == "sweep_learning_rate":
+        from .sweep import sweep_learning_rate
+
+        return sweep_learning_rate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """A folder that is replaced as a whole: after a crash, a full disk or a kill there is the new one or the old one.
 
 The new folder is written beside the old one under a name that nobody reads, flushed to the disk, and the two change places
-in one step. The working directory, a mount point and a folder in a read-only one cannot change places: there each file
+in one step; a single file likewise. The working directory, a mount point and a folder in a read-only one cannot change places: there each file
 is replaced as a whole. Knows nothing of models.
 """
 
@@ -59,6 +59,17 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
         _flush_entry(place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
+    """`write`s a file that appears under its name only when it is complete and on the disk.
+
+    `shared`: several processes may write the same file at once.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    write(temporary)
+    _flush_entry(temporary)
+    temporary.replace(path)
 
 
 def _sweep(place: Path, name: str) -> None:

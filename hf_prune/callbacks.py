@@ -40,7 +40,7 @@ class KeepMasksCallback(TrainerCallback):
         _pushes_take_masks_along()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._held = masked_gradients(model, _masks_of(model, type(self).__name__))
+        self._held = masked_gradients(model, masks_of(model, type(self).__name__))
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class PERPCallback(KeepMasksCallback):
                 "PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; the sliver it trains is small."
             )
         check_model(model)
-        masks = _masks_of(model, "PERPCallback")
+        masks = masks_of(model, "PERPCallback")
         self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -150,7 +150,12 @@ class PERPCallback(KeepMasksCallback):
             self._attached = None
 
 
-def _masks_of(model: Any, who: str) -> Masks:
+def masks_of(model: Any, who: str) -> Masks:
+    """The masks that `model` carries.
+
+    Raises:
+        ValueError: none; says that `who` needs them.
+    """
     known = settle(model)
     if known is None:
         raise ValueError(f"{who} needs a pruned model, and this one has no masks: call model.prune(...) first.")

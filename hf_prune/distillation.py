@@ -15,8 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .atomic import write_whole
+
 
 _LEAST = -1e4  # of a log-probability: 0 in effect, but finite, also in float16
+_PARTS = ("logits", "indices", "rest")  # of a cached sequence
 
 
 class Distillation:
@@ -114,7 +117,7 @@ class Distillation:
         for i, path in enumerate(paths):
             try:
                 with safe_open(path, "pt") as file:
-                    for part, name in zip(parts, ("logits", "indices", "rest")):
+                    for part, name in zip(parts, _PARTS):
                         part[i, : lengths[i]] = file.get_tensor(name)
             except (SafetensorError, RuntimeError) as error:
                 raise ValueError(f"{path} is damaged: {error}. Delete it; the teacher makes it anew.") from error
@@ -169,12 +172,8 @@ def _identity(model: nn.Module) -> str:
 
 
 def _save(path: Path, parts: list[Tensor]) -> None:
-    """A file that appears under its name only when it is complete and on the disk; several processes may write the same."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: part.cpu().contiguous() for name, part in zip(("logits", "indices", "rest"), parts)}, temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    tensors = {name: part.cpu().contiguous() for name, part in zip(_PARTS, parts)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary), shared=True)
 
 
 def _top_of(logits: Tensor, k: int, temperature: float) -> list[Tensor]:

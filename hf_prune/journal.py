@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .atomic import write_whole
 from .report import BlockReport
 
 
@@ -54,7 +54,7 @@ class Journal:
                     "Give the same inputs, or another resume_dir."
                 )
         else:
-            _whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))
+            write_whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))
 
     @property
     def finished(self) -> int:
@@ -74,9 +74,9 @@ class Journal:
         tensors = {f"weight:{name}": parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
         tensors.update({f"mask:{name}": mask.contiguous().cpu() for name, mask in masks.items()})
         metadata = {"report": json.dumps(dataclasses.asdict(report))}
-        _whole(self._block(index), lambda path: save_file(tensors, path, metadata))
+        write_whole(self._block(index), lambda path: save_file(tensors, path, metadata))
         states = {f"{i:06d}": state.detach().contiguous().cpu() for i, state in enumerate(hidden)}
-        _whole(self._hidden(index + 1), lambda path: save_file(states, path))
+        write_whole(self._hidden(index + 1), lambda path: save_file(states, path))
         self._hidden(index).unlink(missing_ok=True)
 
     def load_block(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], BlockReport]:
@@ -101,7 +101,7 @@ class Journal:
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             made = {key: tensor.contiguous().cpu() for key, tensor in make().items()}
-            _whole(path, lambda temporary: save_file(made, temporary))
+            write_whole(path, lambda temporary: save_file(made, temporary))
             return made
         with _readable(path):
             return load_file(path)
@@ -135,12 +135,3 @@ class _readable:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)):
             raise ValueError(f"{self.path} is damaged: {error}. Delete the folder to begin anew.") from error
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write`s a file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

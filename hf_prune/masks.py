@@ -60,6 +60,13 @@ class Masks(MutableMapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Masks({len(self)} parameters, sparsity {self.sparsity():.4f})"
 
+    def renamed(self, names: Mapping[str, str]) -> Masks:
+        """Those of `names`, new name -> known name, that there are; the same bits, not a copy."""
+        found = Masks()
+        found._packed = {new: self._packed[known] for new, known in names.items() if known in self._packed}
+        found.patterns = {new: self.patterns[known] for new, known in names.items() if known in self.patterns}
+        return found
+
     def packed(self, name: str) -> numpy.ndarray:
         """The bits of one mask, uint8 (..., ceil(in / 8)), the first weight in the lowest bit; not a copy."""
         return self._packed[name][0]

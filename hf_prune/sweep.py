@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .callbacks import _masks_of
+from .callbacks import masks_of
 from .distillation import Distillation
 from .masks import Masks
 from .perp import attach, masked_gradients
 from .pruning import check_model
-from .reconstruction import _linear
+from .reconstruction import optimizer_of
 from .undo import Undo
 
 
@@ -70,14 +70,15 @@ def sweep_learning_rate(
     Args:
         train_dataset, held_out: sequences of token ids, or dicts of "input_ids" and, if not the same, "labels".
         train, rank, alpha, seed: see `hf_prune.perp.attach`; the seed is also that of the batches and of dropout.
-        rates: default five, each 10^(1/2) of the one before, around the least of what suits each kind in `train`.
+        rates: default five, each 10^(1/2) of the one before, around a customary one of the kinds in `train`, the least of
+            them; no real model has confirmed those.
         distillation: added to the loss that is trained on, not to the held-out one.
 
     Raises:
         ValueError: no masks, no data, or no rate with a finite loss. The model is bit for bit as it was, after any error.
     """
     check_model(model)
-    masks = _masks_of(model, "sweep_learning_rate")
+    masks = masks_of(model, "sweep_learning_rate")
     kinds = (train,) if isinstance(train, str) else tuple(train)
     centre = min((_CENTRES.get(kind, 5e-4) for kind in kinds), default=5e-4)
     rates = [float(f"{centre * 10 ** (i / 2):.2g}") for i in range(-2, 3)] if rates is None else sorted({*map(float, rates)})
@@ -170,9 +171,7 @@ def _loss(model: nn.Module, batches: list[dict[str, Tensor]], half: bool) -> flo
 def _train(model: nn.Module, parameters: list[nn.Parameter], batches: list[list[dict]], rate: float, half: bool) -> bool:
     """Whether the loss stayed finite."""
     model.train()
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    shape = partial(_linear, warm_up=max(1, len(batches) // 10), steps=len(batches))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    optimizer, schedule = optimizer_of(parameters, rate, len(batches))
     for rows in batches:
         batch = _batch(rows, model.device)
         if (batch["labels"][:, 1:] != -100).any():
