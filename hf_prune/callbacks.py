@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .distillation import Distillation
-from .masks import Masks, pruned_positions
+from .masks import Masks, zero_pruned_
 from .model_card import CARD, card_of, write_card
 from .perp import Attached, attach, masked_gradients
 from .pruning import check_model
@@ -45,7 +45,7 @@ class KeepMasksCallback(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter, bits, _ in self._held:
-            parameter.masked_fill_(pruned_positions(bits, parameter.shape[-1]), 0.0)
+            zero_pruned_(parameter, bits)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for *_, hook in self._held:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .masks import Masks, pruned_positions
+from .masks import Masks, zero_pruned_
 from .perp import Adapted, Adapter
 from .serialization import settle
 
@@ -189,7 +189,7 @@ class MaskLoraLinear(lora.Linear):
             raise ValueError(f"{name} is offloaded, and a MaskLoRA needs it at hand: load the model without offloading.")
         bits = torch.from_numpy(masks.packed(name)).to(weight.device)
         same = tuple(weight.shape) == masks.shape(name) and weight.is_floating_point()
-        if not same or ((weight != 0) & pruned_positions(bits, weight.shape[-1])).any():
+        if not same or not torch.equal(zero_pruned_(weight.clone(), bits), weight):
             raise ValueError(
                 f"the masks are not those of {name}: its shape, {tuple(weight.shape)}, its dtype or pruned weights that are not "
                 "zero say so. Make the config of the very model that is adapted, with MaskLoraConfig.of."

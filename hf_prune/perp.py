@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .masks import Masks, pruned_positions
+from .masks import Masks, zero_pruned_
 
 
 ADAPTERS = ("lora", "lora_prune", "mask_lora", "scale_lora", "spp_lora")
@@ -40,32 +40,29 @@ class Adapter:
         """The two factors of BA in the orientation of the stored weight."""
         return (a.t(), b.t()) if self.transposed else (b, a)
 
-    def weight(self, weight: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> Tensor:
-        """The effective weight, a new tensor in the dtype of `weight`; +0.0 wherever the mask prunes, if there is one."""
-        left, right = self.product(a.detach().float(), b.detach().float())
-        own = weight.detach().float()
+    def weight(self, weight: Tensor, a: Tensor, b: Tensor, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The effective weight, a new tensor, made in `dtype`; +0.0 wherever the mask prunes, if there is one."""
+        left, right = (factor.detach().to(dtype) for factor in self.product(a, b))
+        own = weight.detach().to(dtype)
         if self.kind in ("scale_lora", "spp_lora"):
-            result = left @ right
+            result = (left @ right).mul_(own)
             if self.kind == "spp_lora":
-                result.mul_(self.scale).add_(1.0)
-            result.mul_(own)
+                result.mul_(self.scale).add_(own)
         else:
             result = torch.addmm(own, left, right, alpha=self.scale)
-        if self.kind not in ("lora", "head"):
-            result.masked_fill_(pruned_positions(bits, weight.shape[-1]), 0.0)
-        return result.to(weight.dtype)
+        return result if self.kind in ("lora", "head") else zero_pruned_(result, bits)
 
     def backward(self, gradient: Tensor, weight: Tensor, a: Tensor, b: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of A and B, given that of the effective weight, which is overwritten."""
         if self.kind in ("scale_lora", "spp_lora"):
             gradient.mul_(weight)
         else:
-            gradient.masked_fill_(pruned_positions(bits, weight.shape[-1]), 0.0)
-        if self.kind != "scale_lora":
-            b, a = self.scale * b, self.scale * a
+            zero_pruned_(gradient, bits)
         if self.transposed:
             gradient = gradient.t()
-        return b.t() @ gradient, gradient @ a.t()
+        scale = 1.0 if self.kind == "scale_lora" else self.scale
+        a, b = a.to(gradient.dtype), b.to(gradient.dtype)
+        return (b.t() @ gradient).float().mul_(scale), (gradient @ a.t()).float().mul_(scale)
 
 
 class _EffectiveProduct(torch.autograd.Function):
@@ -79,7 +76,9 @@ class _EffectiveProduct(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x = x.to(ctx.dtype)
             ctx.save_for_backward(x, a, b)
-            weight = module.effective_weight().to(ctx.dtype)
+            # Under autocast in its precision; a model in half precision is to be the same, bit for bit, when it is merged.
+            ctx.made = ctx.dtype if module.weight.dtype == torch.float32 else torch.float32
+            weight = module.perp.weight(module.weight, a, b, module.perp_bits, ctx.made).to(ctx.dtype)
             bias = None if bias is None else bias.to(ctx.dtype)
             return F.linear(x, weight.t() if module.perp.transposed else weight, bias)
 
@@ -92,11 +91,11 @@ class _EffectiveProduct(torch.autograd.Function):
             rows, inputs = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype), x.reshape(-1, x.shape[-1])
             grad_x = grad_a = grad_b = grad_bias = None
             if ctx.needs_input_grad[0]:
-                weight = module.effective_weight().to(ctx.dtype)
+                weight = adapter.weight(module.weight, a, b, module.perp_bits, ctx.made).to(ctx.dtype)
                 grad_x = (rows @ (weight.t() if adapter.transposed else weight)).view(x.shape).to(ctx.x_dtype)
                 del weight
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                of_weight = (inputs.t() @ rows if adapter.transposed else rows.t() @ inputs).float()
+                of_weight = inputs.t() @ rows if adapter.transposed else rows.t() @ inputs
                 grad_a, grad_b = adapter.backward(of_weight, module.weight.detach(), a, b, module.perp_bits)
             if ctx.needs_input_grad[3]:
                 grad_bias = rows.sum(0, dtype=torch.float32)
@@ -108,7 +107,7 @@ class Adapted:
 
     def effective_weight(self) -> Tensor:
         """The weight that this linear has now, in the shape and dtype of `weight`."""
-        return self.perp.weight(self.weight, self.perp_A, self.perp_B, self.perp_bits)
+        return self.perp.weight(self.weight, self.perp_A, self.perp_B, self.perp_bits).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.perp.kind not in ("lora", "lora_prune", "head"):
@@ -281,7 +280,7 @@ def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter,
 
 
 def _fill_gradient(bits: Tensor, parameter: nn.Parameter) -> None:
-    parameter.grad.masked_fill_(pruned_positions(bits, parameter.shape[-1]), 0.0)
+    zero_pruned_(parameter.grad, bits)
 
 
 _WAYS_OUT = {
@@ -399,7 +398,7 @@ def _keep_own_weight(module: nn.Module, state: dict[str, Any], prefix: str, *res
         return
     device, then = module.weight.device, module.weight.detach()
     if module.perp.kind != "lora":
-        then = module.perp.weight(module.weight, a.to(device), b.to(device), module.perp_bits)
+        then = module.perp.weight(module.weight, a.to(device), b.to(device), module.perp_bits).to(then.dtype)
     if not torch.allclose(then, weight.to(then), rtol=1e-2, atol=1e-4):
         raise ValueError(
             f"{prefix}weight of the checkpoint is not this model's weight with the checkpoint's adapter on it: begin with the "
