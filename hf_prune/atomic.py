@@ -12,6 +12,7 @@ import ctypes
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
         _flush_entry(place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Finds out before long work whether `folder` can be written after it; leaves nothing behind.
+
+    Raises:
+        OSError: it cannot.
+    """
+    place = Path(folder).resolve()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is not a folder, so nothing can be written to {folder}.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=place))
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be written: {error}.") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:

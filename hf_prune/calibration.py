@@ -22,6 +22,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _FILES = (".txt", ".jsonl", ".json", ".parquet")
+_TEXTS = ("text", "content")
+_CHATS = ("messages", "conversations")
 _PAPER_TRIES = 10_000
 
 
@@ -41,6 +43,8 @@ def calibration_sequences(
     between them ("packed"), or one random window is taken of each document that is long enough ("paper", as in the code of
     arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them.
 
+    Of an example with columns "text", "content", "messages" or "conversations" counts, or else the only one that is a string.
+
     Raises:
         ValueError: too little text, ids outside the vocabulary, an empty or unknown source; says how much there was.
         TypeError: something that is neither text nor ids.
@@ -49,6 +53,8 @@ def calibration_sequences(
         source = _named(source, seed)
     elif isinstance(source, Path):
         source = _read_file(source)
+    elif isinstance(source, Mapping):  # columns
+        source = next((source[key] for key in _TEXTS if isinstance(source.get(key), (list, tuple))), source)
     if isinstance(source, Tensor) and source.dim() == 1:
         source = source[None]
     items = iter(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else iter([source])
@@ -61,8 +67,11 @@ def calibration_sequences(
         sequences = list(itertools.islice(_unpadded(items), n_samples))
         _check_ids(sequences, sequence_length, n_samples, vocab_size)
         return sequences
-    if tokenizer is None:
-        raise ValueError("calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer).")
+    if not callable(tokenizer):
+        raise (ValueError if tokenizer is None else TypeError)(
+            "calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer)"
+            + ("." if tokenizer is None else f", such as AutoTokenizer.from_pretrained gives; got {tokenizer!r}.")
+        )
     documents = (_text(item, tokenizer) for item in items)
     take = _paper_windows if sampling == "paper" else _packed_windows
     sequences = take(documents, tokenizer, n_samples, sequence_length, random.Random(seed))
@@ -113,8 +122,10 @@ def _read_file(path: Path) -> list:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the calibration file {path} is not text in UTF-8: {error}.") from error
+    if not text.strip():
+        raise ValueError(f"the calibration file {path} is empty.")
     if path.suffix not in (".json", ".jsonl"):
-        return [text] if text.strip() else []
+        return [text]
     found = []
     lines = text.splitlines() if path.suffix == ".jsonl" else [text]
     for number, line in enumerate(lines, 1):
@@ -155,13 +166,16 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
 
 def _text(item: Any, tokenizer: Any) -> str:
     if isinstance(item, Mapping):
-        for key in ("text", "content", "messages", "conversations"):
+        for key in (*_TEXTS, *_CHATS):
             if key in item:
                 return _text(item[key], tokenizer)
         strings = [value for value in item.values() if isinstance(value, str)]
-        if strings:
+        if len(strings) == 1:
             return strings[0]
-        raise TypeError(f"a calibration example has no text: its columns are {', '.join(map(str, item))}.")
+        raise TypeError(
+            f"a calibration example has {len(strings) or 'no'} texts: its columns are {', '.join(map(str, item))}. Name the one that "
+            f"counts {' or '.join(map(repr, _TEXTS))}, or chats {' or '.join(map(repr, _CHATS))}, or give a list of texts."
+        )
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
         return tokenizer.apply_chat_template(list(item), tokenize=False)
     if isinstance(item, str):
@@ -235,5 +249,5 @@ def _check_ids(sequences: list[Tensor], length: int, n_samples: int, vocab_size:
     if vocab_size is not None and (low < 0 or high >= vocab_size):
         raise ValueError(
             f"calibration ids run from {low} to {high}, the model's vocabulary from 0 to {vocab_size - 1}: they were made "
-            "with another tokenizer."
+            "with another tokenizer. Take the one that was saved with the model."
         )

@@ -7,17 +7,22 @@ import json
 import sys
 from pathlib import Path
 
+from .atomic import check_writable
 from .config import PruningConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; 0 if all went well, 2 with a message on stderr if the user's input was wrong."""
+    """Runs one command; 0 if all went well, 2 with a message on stderr if the user's input was wrong, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
     except (ValueError, TypeError, OSError) as error:
         print(f"hf-prune {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        again = "the same command goes on from its journal." if getattr(args, "resume_dir", None) else "nothing was written."
+        print(f"hf-prune {args.command}: interrupted; {again}", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,8 +115,7 @@ def _prune(args) -> int:
     )
     if config.needs_calibration and not args.calibration:
         raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")
-    if Path(args.output).is_file():
-        raise ValueError(f"{args.output} is a file, not a folder.")
+    check_writable(args.output)
     model, tokenizer = _load(args)
     print(model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir))
     model.save_pretrained(args.output, compact=args.compact)

@@ -22,7 +22,7 @@ from .model_card import base_card, card_of, without_section, write_card
 from .pruning import check_model, is_dequantized, prune_model, reconstruct_model
 from .reconstruction import Reconstruction
 from .report import PruningReport
-from .serialization import FOLDER, STATE, PruningState, is_replaced, remember_source, settle
+from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle
 
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,9 @@ class PruningMixin:
         """
         config = PruningConfig() if config is None else config
         if not isinstance(config, PruningConfig):
-            raise TypeError(f"config must be a PruningConfig, got a {type(config).__name__}.")
+            raise TypeError(
+                f"config must be a PruningConfig, such as hf_prune.PruningConfig(method='wanda'), got a {type(config).__name__}."
+            )
         check_model(self)
         state = settle(self)
 
@@ -144,13 +146,18 @@ def install() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, compact: bool = False, **kwargs):
-        state = _state_to_save(self)
+        state = _state_to_save(self, compact)
         if compact:
             _check_compact(self, state, kwargs.get("variant"))
         if args:  # by their names, which differ between versions
             kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
         if not state or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
+        if os.path.exists(os.path.join(save_directory, ADAPTER)):
+            raise ValueError(
+                f"{save_directory} holds an adapter ({ADAPTER}), which from_pretrained would load in place of this model: save to "
+                "another folder, or delete the adapter."
+            )
         push, token, tags = kwargs.pop("push_to_hub", False), kwargs.get("token"), kwargs.pop("tags", None) or []
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
         old = card_of(str(save_directory)) if Path(save_directory).is_dir() else None
@@ -173,7 +180,8 @@ def install() -> None:
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
         `save_pretrained`."""
-        compact, state = kwargs.pop("compact", False), _state_to_save(self)
+        compact = kwargs.pop("compact", False)
+        state = _state_to_save(self, compact)
         if compact:
             _check_compact(self, state, None)
         if not state:
@@ -241,10 +249,13 @@ def _check_compact(model: PreTrainedModel, state: PruningState | None, variant: 
         raise ValueError(f"compact=True has no variants: leave out variant={variant!r}.")
 
 
-def _state_to_save(model: PreTrainedModel) -> PruningState | None:
+def _state_to_save(model: PreTrainedModel, needed: bool) -> PruningState | None:
     """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so.
 
     With an adapter it is the adapter that is saved, without masks; the model keeps them.
+
+    Raises:
+        ValueError: it is not, and `needed`.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         return None
@@ -258,6 +269,8 @@ def _state_to_save(model: PreTrainedModel) -> PruningState | None:
         )
     except ValueError as error:
         state, problem = None, str(error)
+    if problem and needed:
+        raise ValueError(f"compact=True leaves out what masks prune, and here {problem}. Save it without compact.")
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
         model.config.pruning_config = None

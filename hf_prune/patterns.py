@@ -61,7 +61,7 @@ class NM:
         if not 0 < self.n < self.m:
             raise ValueError(
                 f"pattern '{self.n}:{self.m}' is impossible: N:M keeps N of every M weights, so 0 < N < M, "
-                f"as in '2:4'{f' or {self.m}:{self.n}' if 0 < self.m < self.n else ''}."
+                f"as in '{f'{self.m}:{self.n}' if 0 < self.m < self.n else '2:4'}'."
             )
 
     def __str__(self) -> str:

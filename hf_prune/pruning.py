@@ -264,7 +264,10 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # A sum is NaN or inf if any summand is; only then is a closer look needed.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise ValueError(f"the weights of {name} are not finite (NaN or inf): the checkpoint is damaged or overflowed.")
+            raise ValueError(
+                f"the weights of {name} are not finite (NaN or inf): the checkpoint is damaged, or overflowed in float16. Load "
+                "it again, in bfloat16 or float32, or take an earlier checkpoint."
+            )
 
 
 def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
@@ -325,7 +328,7 @@ def _sequences(model: PreTrainedModel, config: PruningConfig, calibration: Any, 
     if length is None:
         length = min(2048, positions or 2048)
     elif positions and length > positions:
-        raise ValueError(f"sequence_length={length} is more than the model's {positions} positions.")
+        raise ValueError(f"sequence_length={length} is more than the model's {positions} positions: give at most {positions}.")
     return calibration_sequences(
         calibration,
         tokenizer,

@@ -41,6 +41,7 @@ class Reconstruction:
             which no real model has confirmed.
         batch_tokens: calibration tokens a step.
         held_out: share of the calibration batches that decide when to stop, at least one batch.
+        bf16: trains under bfloat16 autocast, as `TrainingArguments.bf16`; a model in half precision always does.
         rank, alpha: of adapters.
         seed: of the order of batches.
 
@@ -55,6 +56,7 @@ class Reconstruction:
     learning_rate: float | None = None
     batch_tokens: int = 1024
     held_out: float = 0.1
+    bf16: bool = False
     rank: int = 16
     alpha: float = 32.0
     seed: int = 0
@@ -149,7 +151,7 @@ def _train(
     trained, held = how.split(len(inputs))
     local = _masks_within(part, masks)
     attached = attach(part.module, local, how.train, rank=how.rank, alpha=how.alpha, seed=how.seed, upcast=True)
-    half = next(part.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
+    half = how.bf16 or next(part.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
     device, hooks = part.block.device, []
     try:
         parameters = list(attached.trainable.values())

@@ -27,6 +27,7 @@ from .report import PruningReport
 logger = logging.get_logger(__name__)
 
 FOLDER = "pruning"
+ADAPTER = "adapter_config.json"  # of PEFT
 ON_MISMATCH = ("error", "reapply", "drop")
 
 _SHARD = r"-\d{5}-of-\d{5}"
@@ -97,6 +98,8 @@ class PruningState:
             ValueError: it is not there, of a newer version, damaged, or a link to elsewhere.
         """
         path = Path(folder) / FOLDER
+        if not Path(folder).is_dir():
+            raise ValueError(f"there is no folder {str(folder)!r}.")
         for name in (MASK_FILE, CONFIG_FILE):
             if not (path / name).is_file():
                 raise ValueError(f"{folder} holds no masks: {path / MASK_FILE} and {CONFIG_FILE} are needed.")
@@ -140,7 +143,8 @@ class PruningState:
 def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any) -> PreTrainedModel:
     """Loads a pruned model and checks it at once: weight files by their digests, masks by theirs, weights against masks.
 
-    A compact folder is expanded while it is read, one tensor at a time; nothing is written.
+    A compact folder is expanded while it is read, one tensor at a time; nothing is written. A model that was never pruned is
+    loaded too, and has no `pruning_masks`.
 
     Args:
         name_or_path: folder or Hub name.
@@ -156,6 +160,11 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     hub, folder = hub_arguments(kwargs), Path(name_or_path)
     if hub.pop("subfolder", ""):
         raise ValueError("hf_prune.load takes the folder of the model itself: leave out subfolder.")
+    if (folder / ADAPTER).exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{name_or_path} holds an adapter and no model: model = hf_prune.load(the pruned model's folder), then "
+            f"model.load_adapter({str(name_or_path)!r}); for a MaskLoRA hf_prune.peft_adapters.load_masked_adapter."
+        )
     trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
     config = AutoConfig.from_pretrained(name_or_path, **hub, **trust)
     state = None

@@ -204,6 +204,7 @@ def test_undo_in_memory_when_the_disk_is_small(monkeypatch):
         ("missing.jsonl", ValueError, "does not exist"),
         ("words " * 500, ValueError, "list of texts"),
         ("words " * 500 + "end.txt", ValueError, "calibration file"),
+        ([{"id": "a", "body": "one"}], ValueError, "needs a tokenizer"),
     ],
 )  # fmt: skip
 def test_calibration_refuses(llama, calibration, error, message):
@@ -220,12 +221,30 @@ def test_calibration_refuses(llama, calibration, error, message):
         ("a.jsonl", b'{"text": "one"}\n{text: two}', "a.jsonl is not JSON in line 2"),
         ("a.json", b"[1,\n", "a.json is not JSON in line"),
         ("a.jsonl", None, "is a folder"),
+        ("a.txt", b" \n", "a.txt is empty"),
+        ("a.jsonl", b"", "a.jsonl is empty"),
     ],
 )
 def test_calibration_files_that_cannot_be_read(llama, tmp_path, name, content, message):
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         llama.prune(config(), str(tmp_path / name))
+
+
+def test_columns(llama, tokenizer):
+    with pytest.raises(TypeError, match="2 texts: its columns are id, body"):
+        llama.prune(config(), [{"id": "a", "body": "3 4 5"}], tokenizer)
+    with pytest.raises(TypeError, match="no texts: its columns are id"):
+        llama.prune(config(), [{"id": 3}], tokenizer)
+    with pytest.raises(TypeError, match="from_pretrained gives; got 'llama'"):
+        llama.prune(config(), ["3 4 5"], "llama")
+    texts = ["3 4 5 " * 20, "6 7 8 " * 20]
+    known, *others = (
+        calibration_sequences(source, tokenizer, n_samples=2, sequence_length=24)
+        for source in (texts, {"text": texts}, [{"id": i, "body": text} for i, text in enumerate(texts)])
+    )
+    for other in others:
+        assert torch.equal(torch.stack(known), torch.stack(other))
 
 
 def test_a_sparsity_that_the_pattern_overrules_is_named(monkeypatch):

@@ -172,6 +172,17 @@ def test_a_dense_model_loads_too(tmp_path):
     assert hf_prune.load(tmp_path).pruning_masks is None
 
 
+def test_folders_of_adapters(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter.*another folder"):
+        hf_prune.load(saved).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no model.*load_adapter\("):
+        hf_prune.load(tmp_path / "adapter")
+
+
 def test_saving_over_a_folder_keeps_what_is_not_the_model(saved, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)

