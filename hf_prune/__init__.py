@@ -21,7 +21,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
-    "calibration_sequences", "expand", "install", "load", "perplexity", "prune_model", "reconstruct", "register",
+    "calibration_sequences", "expand", "install", "load", "perplexity", "prune_iteratively", "prune_model", "reconstruct", "register",
     "sweep_learning_rate",
 ]  # fmt: skip
 
@@ -33,6 +33,10 @@ def __getattr__(name: str):
         from . import callbacks
 
         return getattr(callbacks, name)
+    if name == "prune_iteratively":
+        from .iterative import prune_iteratively
+
+        return prune_iteratively
     if name == "sweep_learning_rate":
         from .sweep import sweep_learning_rate
 

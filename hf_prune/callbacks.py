@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class KeepMasksCallback(TrainerCallback):
 
     Gradients of pruned weights are set to zero before they are clipped, and the weights again after each step; checkpoints
     then carry their masks. With `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves
-    behind.
+    behind. Over a pruned model with adapters of PEFT it holds whatever else is trained, and from then on a LoRA that would fill
+    pruned weights is not merged (`peft_adapters.refuse_densifying_merge`).
 
     Raises:
         ValueError: training begins and the model has no masks.
@@ -40,7 +42,14 @@ class KeepMasksCallback(TrainerCallback):
         _pushes_take_masks_along()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._held = masked_gradients(model, masks_of(model, type(self).__name__))
+        whole, model = model, getattr(model, "get_base_model", lambda: model)()
+        names = {name: _WITHIN_PEFT.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False)}
+        masks = masks_of(model, type(self).__name__)
+        self._held = masked_gradients(model, masks.renamed(names))
+        if whole is not model and type(whole.base_model).__name__ == "LoraModel":
+            from .peft_adapters import refuse_densifying_merge
+
+            refuse_densifying_merge(whole, masks)
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -148,6 +157,9 @@ class PERPCallback(KeepMasksCallback):
         if self._attached:
             self._attached.detach()
             self._attached = None
+
+
+_WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters
 
 
 def masks_of(model: Any, who: str) -> Masks:

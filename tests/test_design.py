@@ -14,9 +14,21 @@ LEVELS = [
     {"methods", "perp"},
     {"calibration", "gradients", "report", "journal", "sequential", "evaluation", "reconstruction", "distillation"},
     {"config", "pruning"},
-    {"compact", "serialization", "model_card", "callbacks", "peft_adapters", "sweep", "conversion", "mixin", "metric", "cli"},
+    {
+        "compact",
+        "serialization",
+        "model_card",
+        "callbacks",
+        "peft_adapters",
+        "sweep",
+        "iterative",
+        "conversion",
+        "mixin",
+        "metric",
+        "cli",
+    },
 ]
-WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("peft_adapters", "serialization"), ("sweep", "callbacks"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("callbacks", "peft_adapters"), ("peft_adapters", "serialization"), ("sweep", "callbacks"), ("iterative", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):

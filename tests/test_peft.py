@@ -7,9 +7,9 @@ import accelerate
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_prune import PruningConfig
+from hf_prune import KeepMasksCallback, PruningConfig
 
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -218,6 +218,23 @@ def test_merges_that_would_fill_masks_are_refused():
         assert not masks.violations(harmless.merge_and_unload())
     with pytest.raises(TypeError, match="PeftModel with LoRA"):
         refuse_densifying_merge(model, masks)
+
+
+def test_keep_masks_over_adapters(tmp_path):
+    """What PEFT trains beside its LoRA keeps its zeros, and the LoRA is not merged into pruned weights."""
+    model = pruned()
+    masks = model.pruning_masks
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    name = "layers.1.mlp.down_proj"
+    copied = dict(adapted.named_modules())[f"base_model.model.model.{name}"].modules_to_save["default"]
+    before = copied.weight.detach().clone()
+    args = TrainingArguments(tmp_path, max_steps=3, learning_rate=1e-2, weight_decay=0.1, report_to=[], use_cpu=True)
+    data = [{"input_ids": ids, "labels": ids} for ids in ids_for(8)]
+    Trainer(adapted, args, train_dataset=data, callbacks=[KeepMasksCallback()]).train()
+    assert not torch.equal(copied.weight, before) and not copied.weight[~masks[f"model.{name}.weight"]].any()
+    with pytest.raises(ValueError, match="MaskLoraConfig"):
+        adapted.merge_and_unload()
+    assert not masks.violations(adapted.unload())
 
 
 @pytest.mark.parametrize("kind", ["hira", "ia3", "shira"])

@@ -1,0 +1,106 @@
+"""Iterative pruning: a little sparser, retrain, sparser again (Han et al., 1506.02626; PERP's baseline, 2312.15230, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .blocks import Decoder
+from .config import PruningConfig
+from .patterns import NM, Pattern, Unstructured
+from .pruning import check_model
+from .report import PruningReport
+from .serialization import settle
+
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES = ("linear", "cubic")
+
+
+def prune_iteratively(
+    model: PreTrainedModel,
+    config: PruningConfig,
+    train: Callable[[PreTrainedModel, PruningReport], Any],
+    *,
+    rounds: int = 5,
+    schedule: str = "cubic",
+    calibration: Any = None,
+    tokenizer: Any = None,
+) -> list[PruningReport]:
+    """Prunes `model` in place to the pattern of `config` in `rounds` steps, and calls `train` after each.
+
+    Weights that are pruned stay so. A model that is pruned already goes on at the first round that asks for more: after an
+    interruption the same call does the rest.
+
+    Args:
+        config: of the last round; `method="magnitude"` is what the papers do.
+        train: is given the model and the report of its last pruning, and retrains it, under its masks: a `Trainer` with
+            `PERPCallback` or `KeepMasksCallback`.
+        schedule: of the sparsity s in round t of T. "linear": s t/T; "cubic": s (1 - (1 - t/T)^3), most of it early (Zhu and Gupta,
+            1710.01878). N:M goes from M-1:M down to N:M, in as many of the rounds as there are such steps.
+        calibration, tokenizer: as for `prune`, the same in every round.
+
+    Returns:
+        The report of every round that was run.
+
+    Raises:
+        ValueError: an unknown schedule, no round, or `train` left pruned weights that are not zero.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
+    if not callable(train):
+        raise TypeError(f"train must be a function of the model and the report of its pruning, got {train!r}.")
+    check_model(model)
+    settle(model)
+    reports = []
+    stages = [config_of_round(config, _share(schedule, t, rounds)) for t in range(1, rounds + 1)]
+    stages = [stage for stage, after in zip(stages, [*stages[1:], None]) if stage != after]
+    for i, stage in enumerate(stages, 1):
+        if _is_reached(model, stage):
+            logger.warning(f"round {i} of {len(stages)}, {stage.pattern}: the model is as sparse as that already.")
+            continue
+        reports.append(model.prune(stage, calibration, tokenizer))
+        train(model, reports[-1])
+        if wrong := settle(model).masks.violations(model):
+            raise ValueError(
+                f"after round {i} of {len(stages)} pruned weights of {next(iter(wrong))} and {len(wrong) - 1} more are not zero: "
+                "give the Trainer in `train` a PERPCallback or a KeepMasksCallback."
+            )
+    return reports
+
+
+def config_of_round(config: PruningConfig, share: float) -> PruningConfig:
+    """`config` with `share` in (0, 1] of its sparsity, overrides too; N:M by the whole steps that come after."""
+    pattern = _partly(config.pattern, share)
+    overrides = {glob: _partly(known, share) for glob, known in config.overrides.items()}
+    return replace(config, method_options={}, pattern=pattern, sparsity=pattern.sparsity, overrides=overrides)
+
+
+def _is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
+    known, linears = settle(model), {linear.name: linear for linear in Decoder(model).linears}
+    for name, pattern in config.patterns_for(list(linears)).items():
+        linear = linears[name]
+        if known is None or linear.parameter_name not in known.masks:
+            return False
+        kept = float(linear.matrix(known.masks[linear.parameter_name]).float().mean())
+        wanted = pattern.sparsity if isinstance(pattern, NM) else pattern.count(linear.in_features) / linear.in_features
+        if 1 - kept < wanted - 1e-6:
+            return False
+    return True
+
+
+def _partly(pattern: Pattern, share: float) -> Pattern:
+    if isinstance(pattern, NM):
+        return NM(pattern.m - max(1, round(share * (pattern.m - pattern.n))), pattern.m)
+    return Unstructured(pattern.sparsity * share)
+
+
+def _share(schedule: str, t: int, rounds: int) -> float:
+    return 1 - (1 - t / rounds) ** 3 if schedule == "cubic" else t / rounds

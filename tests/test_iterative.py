@@ -1,0 +1,77 @@
+"""Pruning in rounds: the sparsities of a schedule, N:M in steps, training between, and going on after an interruption."""
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from transformers import Trainer, TrainingArguments
+
+import hf_prune
+from hf_prune import NM, PERPCallback, PruningConfig, Unstructured
+
+
+MAGNITUDE = PruningConfig(method="magnitude", pattern="unstructured", sparsity=0.75)
+
+
+@pytest.mark.parametrize(
+    "config,schedule,patterns",
+    [
+        (MAGNITUDE, "linear", [0.1875, 0.375, 0.5625, 0.75]),
+        (MAGNITUDE, "cubic", [0.75 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)]),
+        (PruningConfig(method="magnitude", pattern="2:4"), "linear", [NM(3, 4), NM(2, 4)]),
+        (PruningConfig(method="magnitude", pattern="4:8"), "linear", [NM(7, 8), NM(6, 8), NM(5, 8), NM(4, 8)]),
+    ],
+)
+def test_rounds(config, schedule, patterns):
+    seen, masks = [], []
+
+    def train(model, report):
+        seen.append(report.config["pattern"])
+        masks.append({name: model.pruning_masks[name] for name in model.pruning_masks})
+
+    model = make("llama")
+    reports = hf_prune.prune_iteratively(model, config, train, rounds=4, schedule=schedule)
+    patterns = [Unstructured(p) if isinstance(p, float) else p for p in patterns]
+    assert len(reports) == len(patterns)
+    for report, pattern in zip(reports, patterns):
+        assert report.sparsity == pytest.approx(pattern.sparsity, abs=2e-3)
+        assert all(linear.pattern_holds for linear in report.linears)
+    for before, after in zip(masks, masks[1:]):
+        assert all(not (after[name] & ~before[name]).any() for name in before)
+    assert not model.pruning_masks.violations(model)
+
+
+def test_with_a_trainer_and_after_an_interruption(tmp_path):
+    model, calls = make("llama"), []
+    config = PruningConfig(pattern="2:4", overrides={"*.mlp.*": "4:8"}, n_samples=6, sequence_length=24)
+
+    def train(model, report):
+        calls.append(report.config["overrides"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        args = TrainingArguments(tmp_path, max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no")
+        data = [{"input_ids": ids, "labels": ids} for ids in ids_for(8)]
+        Trainer(model, args, train_dataset=data, callbacks=[PERPCallback("full")]).train()
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
+    reports = hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
+    assert calls == [{"*.mlp.*": p} for p in ("7:8", "6:8", "5:8", "4:8")]
+    assert len(reports) == 2 and all(linear.pattern_holds for linear in reports[-1].linears)
+    assert hf_prune.prune_iteratively(model, config, train, calibration=ids_for()) == [] and len(calls) == 4
+
+
+def test_refuses():
+    model = make("llama")
+    before = snapshot(model)
+    for options, message in (({"schedule": "square"}, "linear, cubic"), ({"rounds": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=message):
+            hf_prune.prune_iteratively(model, MAGNITUDE, lambda *args: None, **options)
+    with pytest.raises(TypeError, match="train must be a function"):
+        hf_prune.prune_iteratively(model, MAGNITUDE, None)
+    assert same(model, before)
+
+    def spoil(model, report):
+        torch.nn.init.ones_(model.model.layers[0].mlp.up_proj.weight)
+
+    with pytest.raises(ValueError, match="up_proj.weight.*not zero.*KeepMasksCallback"):
+        hf_prune.prune_iteratively(model, MAGNITUDE, spoil)
