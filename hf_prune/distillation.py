@@ -63,7 +63,8 @@ class Distillation:
             raise ValueError(
                 "distillation needs logits, and the model gave none: TRL's SFTTrainer fuses the head into its loss. Use Trainer."
             )
-        wanted = (labels[:, 1:] != -100).reshape(-1).nonzero().squeeze(1).to(student.device)
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        wanted = (following != -100).reshape(-1).nonzero().squeeze(1).to(student.device)
         count = kwargs.get("num_items_in_batch")
         count = max(len(wanted), 1) if count is None else count
         if self.top_k is None:
@@ -71,7 +72,7 @@ class Distillation:
         else:
             with torch.no_grad():
                 known, function = self._top(inputs, labels, student.shape), _TopDivergence
-        rows = (values[:, :-1].flatten(0, 1) for values in (student, *(values.to(student.device) for values in known)))
+        rows = (values.flatten(0, 1) for values in (student, *(values.to(student.device) for values in known)))
         divergence = function.apply(*rows, wanted, self.temperature) / count
         output["loss"] = (1 - self.weight) * output["loss"] + self.weight * self.temperature**2 * divergence
         return output
@@ -193,21 +194,21 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-        gradient = torch.zeros_like(student)
+        ctx.gradient = torch.zeros_like(student)
         total = student.new_zeros((), dtype=torch.float32)
-        for piece in wanted.split(256):
-            own = (student[piece].float() / temperature).log_softmax(-1)
-            other = (teacher[piece].float() / temperature).log_softmax(-1)
+        for piece in wanted.split(_ROWS):
+            own, other = (_log_softmax(logits[piece], temperature) for logits in (student, teacher))
             target = other.exp()
-            total += (target * (other - own)).sum()
-            gradient[piece] = ((own.exp() - target) / temperature).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
+            total += torch.dot(target.flatten(), other.sub_(own).flatten())
+            ctx.gradient[piece] = own.exp_().sub_(target).div_(temperature).to(student.dtype)
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, outer: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer.to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+        gradient = ctx.gradient.mul_(outer.to(ctx.gradient.dtype))
+        del ctx.gradient
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class _TopDivergence(_Divergence):
@@ -215,17 +216,25 @@ class _TopDivergence(_Divergence):
 
     @staticmethod
     def forward(ctx, student: Tensor, top: Tensor, indices: Tensor, rest: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-        gradient = torch.zeros_like(student)
+        ctx.gradient = torch.zeros_like(student)
         total = student.new_zeros((), dtype=torch.float32)
-        for piece in wanted.split(256):
+        for piece in wanted.split(_ROWS):
             where = indices[piece].long()
             other = torch.cat([top[piece].float(), rest[piece, None].float()], -1).log_softmax(-1)
             target = other.exp()
-            own = (student[piece].float() / temperature).log_softmax(-1)
-            outside = own.scatter(-1, where, -torch.inf)
-            beyond = outside.logsumexp(-1, keepdim=True)
-            total += (target * (other - torch.cat([own.gather(-1, where), beyond], -1))).sum()
-            wished = ((outside - beyond).exp() * target[:, -1:]).scatter(-1, where, target[:, :-1])
-            gradient[piece] = ((own.exp() - wished) / temperature).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
+            own = _log_softmax(student[piece], temperature)
+            known = own.gather(-1, where)
+            wished = own.scatter(-1, where, -torch.inf)
+            beyond = wished.logsumexp(-1, keepdim=True)
+            total += (target * (other - torch.cat([known, beyond], -1))).sum()
+            wished.sub_(beyond).exp_().mul_(target[:, -1:]).scatter_(-1, where, target[:, :-1])
+            ctx.gradient[piece] = own.exp_().sub_(wished).div_(temperature).to(student.dtype)
         return total
+
+
+_ROWS = 64  # logits at a time, whose buffers an allocator keeps for the next ones
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float()
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
