@@ -6,6 +6,7 @@ from .config import PruningConfig
 from .conversion import expand
 from .distillation import Distillation
 from .evaluation import Perplexity, perplexity
+from .iterative import prune_iteratively
 from .masks import Masks
 from .methods import GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
 from .mixin import PruningMixin, install, reconstruct
@@ -14,6 +15,7 @@ from .pruning import prune_model
 from .reconstruction import Reconstruction
 from .report import PruningReport
 from .serialization import load
+from .sweep import sweep_learning_rate
 
 
 __version__ = "0.1.0.dev0"
@@ -33,12 +35,4 @@ def __getattr__(name: str):
         from . import callbacks
 
         return getattr(callbacks, name)
-    if name == "prune_iteratively":
-        from .iterative import prune_iteratively
-
-        return prune_iteratively
-    if name == "sweep_learning_rate":
-        from .sweep import sweep_learning_rate
-
-        return sweep_learning_rate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 @contextlib.contextmanager
@@ -54,7 +57,10 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
         else:
             for entry in old:
                 if not is_stale(entry.name) and not (fresh / entry.name).exists():
-                    _take_along(entry, fresh / entry.name)
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_take_along)
+                    else:
+                        _take_along(entry, fresh / entry.name)
             _flush_entry(fresh)
             _exchange(fresh, target)
         _flush_entry(place)
@@ -79,6 +85,17 @@ def check_writable(folder: str | Path) -> None:
         raise type(error)(f"{folder} cannot be written: {error}.") from error
 
 
+@contextlib.contextmanager
+def readable(path: str | Path, what: str, way_out: str = "") -> Iterator[None]:
+    """What a damaged file raises within, whatever it is, is one ValueError that names the file and says that it is no `what`."""
+    try:
+        yield
+    except (
+        SafetensorError, OSError, RuntimeError, LookupError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{path} is damaged, it cannot be read as {what}: {error!r}.{way_out}") from error
+
+
 def write_whole(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """`write`s a file that appears under its name only when it is complete and on the disk.
 
@@ -98,13 +115,8 @@ def _sweep(place: Path, name: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _take_along(source: Path, target: Path) -> None:
+def _take_along(source: str | Path, target: str | Path) -> None:
     """A second name for the same file where the file system has that, else a copy."""
-    if source.is_dir() and not source.is_symlink():
-        target.mkdir()
-        for entry in source.iterdir():
-            _take_along(entry, target / entry.name)
-        return
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:

@@ -112,8 +112,7 @@ class Decoder:
         ]
         if not stacks:
             raise ValueError(
-                f"{type(model).__name__} has no stack of decoder blocks (a ModuleList of GradientCheckpointingLayer): "
-                "hf_prune needs a decoder-only language model of Transformers."
+                f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers."
             )
         name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
         self.blocks = [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
@@ -138,10 +137,7 @@ class Decoder:
         def before(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if previous is not None and not (hidden is previous or torch.equal(hidden.to(previous.device), previous)):
-                raise ValueError(
-                    f"{type(self.model).__name__} changes the hidden states between its blocks; hf_prune can only "
-                    "prune decoders whose blocks follow one another."
-                )
+                raise ValueError(f"{type(self.model).__name__} changes the hidden states between its blocks: not supported.")
 
         def after(module, args, output):
             nonlocal previous
@@ -182,7 +178,7 @@ class Decoder:
                 else:
                     hidden, rest = args[0], args[1:]
                 if index == 0:
-                    states.append(hidden if store is None else hidden.to(store))
+                    states.append(hidden.to(store))
                 kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
                 calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
                 return (hidden, *block.rest_of_output) if block.returns_tuple else hidden
@@ -223,8 +219,7 @@ def run_lockstep(
             main.switch(linear)
 
     def forward(i: int) -> None:
-        output = calls[i].run(block, hidden[i])
-        hidden[i] = output if store is None else output.to(store)
+        hidden[i] = calls[i].run(block, hidden[i]).to(store)
 
     with watch(block, arrive, linears) as watching:
         batches = [greenlet(forward) for _ in calls]
@@ -242,8 +237,9 @@ def run_lockstep(
                 resume(i, i)
             while paused:
                 first = min(paused.values(), key=lambda linear: ranks[linear.group])
-                with watching.pause():
-                    on_complete(first)
+                watching.paused = True  # products within are not calls of the block
+                on_complete(first)
+                watching.paused = False
                 done.add(first.group)
                 for i in [i for i, linear in paused.items() if linear.group == first.group]:
                     resume(i)
@@ -253,58 +249,51 @@ def run_lockstep(
                     batch.throw(GreenletExit)
 
 
-class watch(TorchFunctionMode):
-    """While it is open, `on_input(linear, x)` hears of every call of `linears` (all of the block by default), before it runs.
+@contextlib.contextmanager
+def watch(
+    block: Block, on_input: Callable[[Linear, Tensor], None], linears: list[Linear] | None = None, discover: bool = False
+) -> Iterator[_Products]:
+    """Within, `on_input(linear, x)` hears of every call of `linears` (all of the block by default), before it runs.
 
     `x` is (tokens, in). Modules are heard by a hook; fused experts by the matrix products that read their parameter, with
     `discover` also those that are not known yet.
     """
 
-    def __init__(self, block: Block, on_input: Callable[[Linear, Tensor], None], linears=None, discover: bool = False):
+    def hear(linear: Linear, x: Tensor) -> None:
+        on_input(linear, x if discover else x.reshape(-1, x.shape[-1]))
+
+    def heard(linear: Linear, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hear(linear, args[0] if args else kwargs["input"])
+
+    linears = block.linears if linears is None else linears
+    products = _Products(block, hear, [linear for linear in linears if linear.expert is not None], discover)
+    with contextlib.ExitStack() as stack:
+        for linear in linears:
+            if linear.expert is None:
+                stack.callback(linear.module.register_forward_pre_hook(partial(heard, linear), with_kwargs=True).remove)
+        if products.fused:
+            stack.enter_context(products)
+        yield products
+
+
+class _Products(TorchFunctionMode):
+    """Hears of the matrix products that read fused experts, unless it is `paused`."""
+
+    def __init__(self, block: Block, hear: Callable[[Linear, Tensor], None], experts: list[Linear], discover: bool):
         super().__init__()
-        self._block, self._on_input, self._discover = block, on_input, discover
-        linears = block.linears if linears is None else linears
-        self._modules = [linear for linear in linears if linear.expert is None]
-        self._experts = {(linear.parameter_name, linear.expert): linear for linear in linears if linear.expert is not None}
-        self._fused: dict[int, tuple[str, nn.Module, str]] = {}
-        if discover or self._experts:
-            for path, module in block.module.named_modules():
-                for attribute, parameter in module.named_parameters(recurse=False):
-                    if parameter.dim() == 3 and parameter.shape[0] > 1:
-                        name = ".".join(filter(None, (block.name, path, attribute)))
-                        self._fused[parameter.untyped_storage().data_ptr()] = name, module, attribute
-        self._paused = False
-
-    def __enter__(self):
-        def hook(linear):
-            def heard(module, args, kwargs):
-                x = args[0] if args else kwargs["input"]
-                self._on_input(linear, x if self._discover else x.reshape(-1, x.shape[-1]))
-
-            return heard
-
-        self._stack = contextlib.ExitStack()
-        for linear in self._modules:
-            self._stack.callback(linear.module.register_forward_pre_hook(hook(linear), with_kwargs=True).remove)
-        return super().__enter__() if self._fused else self
-
-    def __exit__(self, *exception):
-        self._stack.close()
-        return super().__exit__(*exception) if self._fused else None
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Products within are not calls of the block."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
+        self._block, self._hear, self._discover, self.paused = block, hear, discover, False
+        self._experts = {(linear.parameter_name, linear.expert): linear for linear in experts}
+        self.fused: dict[int, tuple[str, nn.Module, str]] = {}
+        for path, module in block.module.named_modules() if discover or experts else ():
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and parameter.shape[0] > 1:
+                    name = ".".join(filter(None, (block.name, path, attribute)))
+                    self.fused[parameter.untyped_storage().data_ptr()] = name, module, attribute
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not self._paused and getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1:
+        if not self.paused and getattr(func, "__name__", "") in _PRODUCTS and len(args) > 1:
             weight = args[1]
-            if isinstance(weight, Tensor) and (found := self._fused.get(weight.untyped_storage().data_ptr())):
+            if isinstance(weight, Tensor) and (found := self.fused.get(weight.untyped_storage().data_ptr())):
                 self._product(found, args[0], weight, is_linear=func.__name__ == "linear")
         return func(*args, **(kwargs or {}))
 
@@ -323,21 +312,11 @@ class watch(TorchFunctionMode):
             experts, inputs = [(weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)], [x]
         for expert, tokens in zip(experts, inputs):
             if linear := self._experts.get((name, expert)):
-                # Inside this method the mode is off. It is on again while the listener may switch to another batch.
-                with _reentered(self):
-                    self._on_input(linear, tokens if self._discover else tokens.reshape(-1, tokens.shape[-1]))
+                with self:  # inside this method the mode is off; the listener may switch to another batch, which needs it
+                    self._hear(linear, tokens)
 
 
 _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
-
-
-@contextlib.contextmanager
-def _reentered(mode: TorchFunctionMode) -> Iterator[None]:
-    TorchFunctionMode.__enter__(mode)
-    try:
-        yield
-    finally:
-        TorchFunctionMode.__exit__(mode, None, None, None)
 
 
 @contextlib.contextmanager
@@ -353,6 +332,24 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in zip(configs, before):
             config._experts_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def as_it_was(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients within; modes, `requires_grad` and gradients of all that is in it are as before afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    before = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    module.eval()
+    try:
+        for parameter, *_ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
 
 
 @contextlib.contextmanager

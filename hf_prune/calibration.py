@@ -95,20 +95,14 @@ def _named(source: str, seed: int) -> Iterable:
     if path.suffix in _FILES or os.path.exists(source):  # where Path.exists() fails on a name of a text's length
         return _read_file(path)
     if any(character.isspace() for character in source) or not source:
-        raise ValueError(
-            "calibration is one string. Give a list of texts, the path of a .txt, .jsonl or .parquet file, or the name of a "
-            "data set on the Hub."
-        )
+        raise ValueError("calibration is one string: give a list of texts, a .txt, .jsonl or .parquet file, or a Hub data set.")
     from datasets import load_dataset
 
     name, _, configuration = source.partition(":")
     try:
         return load_dataset(name, configuration or None, split="train", streaming=True).shuffle(seed=seed, buffer_size=1000)
     except Exception as error:
-        raise ValueError(
-            f"calibration {source!r} is no file here and could not be read as a Hub data set 'name' or 'name:configuration' "
-            f"with a train split: {error}"
-        ) from error
+        raise ValueError(f"calibration {source!r} is no file, nor a Hub data set with a train split: {error}") from error
 
 
 def _read_file(path: Path) -> list:
@@ -132,9 +126,7 @@ def _read_file(path: Path) -> list:
         try:
             found += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"the calibration file {path} is not JSON in line {max(number, error.lineno)}: {error.msg}."
-            ) from error
+            raise ValueError(f"the calibration {path} is not JSON in line {max(number, error.lineno)}: {error.msg}.") from error
     return found if path.suffix == ".jsonl" or not found else found[0]
 
 
@@ -154,9 +146,7 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
             item = item["input_ids"]
         ids = torch.as_tensor(item).cpu()
         if ids.is_floating_point() or ids.dim() not in (1, 2):
-            raise ValueError(
-                f"token ids must be whole numbers (length,) or (sequences, length), got {tuple(ids.shape)} {ids.dtype}."
-            )
+            raise ValueError(f"token ids must be whole numbers, (length,) or (n, length), got {tuple(ids.shape)} {ids.dtype}.")
         rows = ids.reshape(-1, ids.shape[-1]).long()
         keep = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).cpu().reshape(rows.shape)
         for row, kept in zip(rows, keep):
@@ -236,18 +226,10 @@ def _check_ids(sequences: list[Tensor], length: int, n_samples: int, vocab_size:
     if not sequences:
         raise ValueError("the calibration data is empty: not one token was found in it.")
     if len(sequences) < n_samples:
-        logger.warning(
-            f"calibration holds {len(sequences)} sequences, the config asks for n_samples={n_samples}: all are used."
-        )
+        logger.warning(f"calibration has {len(sequences)} sequences, the config asks for n_samples={n_samples}: all are used.")
     longest = max(map(len, sequences))
     if longest > length:
-        raise ValueError(
-            f"a calibration sequence has {longest} tokens, more than sequence_length={length}, which is the model's number of "
-            "positions unless the config sets it. Cut the sequences or set sequence_length."
-        )
+        raise ValueError(f"a calibration sequence has {longest} tokens, more than sequence_length={length}: cut or raise it.")
     low, high = min(int(ids.min()) for ids in sequences), max(int(ids.max()) for ids in sequences)
     if vocab_size is not None and (low < 0 or high >= vocab_size):
-        raise ValueError(
-            f"calibration ids run from {low} to {high}, the model's vocabulary from 0 to {vocab_size - 1}: they were made "
-            "with another tokenizer. Take the one that was saved with the model."
-        )
+        raise ValueError(f"calibration ids run from {low} to {high}, the vocabulary to {vocab_size - 1}: take its tokenizer.")

@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .distillation import Distillation
-from .masks import Masks, zero_pruned_
+from .masks import zero_pruned_
 from .model_card import CARD, card_of, write_card
 from .perp import Attached, attach, masked_gradients
 from .pruning import check_model
-from .serialization import FOLDER, STATE, settle
+from .serialization import FOLDER, STATE, state_of
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ class KeepMasksCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         whole, model = model, getattr(model, "get_base_model", lambda: model)()
         names = {name: _WITHIN_PEFT.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        masks = masks_of(model, type(self).__name__)
+        masks = state_of(model, type(self).__name__).masks
         self._held = masked_gradients(model, masks.renamed(names))
         if whole is not model and type(whole.base_model).__name__ == "LoraModel":
             from .peft_adapters import refuse_densifying_merge
@@ -94,11 +94,9 @@ class PERPCallback(KeepMasksCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_init_end(args, state, control)
         if args.fsdp or getattr(args, "deepspeed", None):
-            raise ValueError(
-                "PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; the sliver it trains is small."
-            )
+            raise ValueError("PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; its sliver is small.")
         check_model(model)
-        masks = masks_of(model, "PERPCallback")
+        masks = state_of(model, "PERPCallback").masks
         self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
@@ -112,15 +110,10 @@ class PERPCallback(KeepMasksCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         if self._attached is None or self._attached.model is not model:
-            raise ValueError(
-                "PERPCallback came too late: give it to Trainer(..., callbacks=[...]), and give Trainer a model, not model_init."
-            )
+            raise ValueError("PERPCallback came too late: give it to Trainer(model, callbacks=[...]), without model_init.")
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [name for name, p in self._attached.trainable.items() if id(p) not in known]:
-            raise ValueError(
-                f"the optimizer does not know {missing[0]} and {len(missing) - 1} more: let Trainer make the optimizer, or make it "
-                "after Trainer, from the parameters that require a gradient."
-            )
+            raise ValueError(f"the optimizer does not know {missing[0]} and {len(missing) - 1} more: let Trainer make it.")
         super().on_train_begin(args, state, control, model=model)
         if self._distillation:
             self._listening = model.register_forward_hook(self._distillation, with_kwargs=True)
@@ -136,9 +129,7 @@ class PERPCallback(KeepMasksCallback):
             for parameter in self._attached.trainable.values():
                 parameter.grad = None
             control.should_training_stop = True
-            logger.error(
-                f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops, keeping the step before."
-            )
+            logger.error(f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops a step before.")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_end(args, state, control)
@@ -160,18 +151,6 @@ class PERPCallback(KeepMasksCallback):
 
 
 _WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters
-
-
-def masks_of(model: Any, who: str) -> Masks:
-    """The masks that `model` carries.
-
-    Raises:
-        ValueError: none; says that `who` needs them.
-    """
-    known = settle(model)
-    if known is None:
-        raise ValueError(f"{who} needs a pruned model, and this one has no masks: call model.prune(...) first.")
-    return known.masks
 
 
 def _pushes_take_masks_along() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -98,21 +99,9 @@ def _value(text: str):
 
 
 def _prune(args) -> int:
-    config = PruningConfig(
-        method=args.method,
-        pattern=args.pattern,
-        sparsity=args.sparsity,
-        method_options={name: _value(text) for name, text in _pairs(args.option, "--option").items()},
-        comparison_group=args.comparison_group,
-        propagate=args.propagate,
-        include=args.include,
-        exclude=args.exclude,
-        overrides=_pairs(args.override, "--override"),
-        n_samples=args.n_samples,
-        sequence_length=args.sequence_length,
-        sampling=args.sampling,
-        seed=args.seed,
-    )
+    words = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruningConfig) if hasattr(args, f.name)}
+    options = {name: _value(text) for name, text in _pairs(args.option, "--option").items()}
+    config = PruningConfig(**words, method_options=options, overrides=_pairs(args.override, "--override"))
     if config.needs_calibration and not args.calibration:
         raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")
     check_writable(args.output)

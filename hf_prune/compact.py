@@ -13,17 +13,19 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import modeling_utils
 
+from .atomic import readable
 from .masks import FORMAT_VERSION, Masks, bit_patterns, check_version, pack, unpack
 
 
@@ -118,7 +120,7 @@ def _positions(packed: numpy.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[
         yield i * width, unpack(rows[i : i + step], width).reshape(-1).nonzero()[0]  # of bool it needs no branch per bit
 
 
-class CompactFiles:
+class CompactFiles(contextlib.ExitStack):
     """The weight files of a compact folder as one, with the interface of `safetensors.safe_open`.
 
     Args:
@@ -130,83 +132,65 @@ class CompactFiles:
     """
 
     def __init__(self, paths: Iterable[Path], masks: Masks, device: str | torch.device = "cpu"):
-        self._masks, self._device = masks, device
-        self._where: dict[str, _Place] = {}
-        self._open = contextlib.ExitStack()
+        super().__init__()
+        self._slices: dict[str, _Slice] = {}
         self.shards: dict[Path, list[str]] = {}
         for path in sorted(paths):
-            try:
-                file = self._open.enter_context(safe_open(path, "pt"))
+            with readable(path, "compact weights of hf_prune"):
+                file = self.enter_context(safe_open(path, "pt"))
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path} holds no values of hf_prune: its format is {metadata.get('format')!r}.")
                 check_version(path, metadata["version"])
                 shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
                 own = set(json.loads(metadata["bits"]))
-            except (SafetensorError, OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} cannot be read as compact weights of hf_prune: {error!r}.") from error
             self.shards[path] = [name for name in file.keys() if name.removesuffix(":bits") not in own or name in own]
             for name in self.shards[path]:
-                if name in self._where:
-                    raise ValueError(f"{path} and {self._where[name].path} both hold {name}.")
-                self._where[name] = _Place(file, shapes.get(name), name in own, path)
-
-    def __enter__(self) -> CompactFiles:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.close()
+                if name in self._slices:
+                    raise ValueError(f"{path} and {self._slices[name].path} both hold {name}.")
+                self._slices[name] = _Slice(path, file, name, shapes.get(name), name in own, masks, device)
 
     def keys(self) -> list[str]:
-        return list(self._where)
+        return list(self._slices)
 
     def metadata(self) -> dict[str, str]:
         return {"format": "pt"}
 
     def get_tensor(self, name: str) -> Tensor:
         """The dense tensor of that name."""
-        file, shape, own, path = self._where[name]
-        values = file.get_tensor(name)
-        if shape is not None:
-            try:
-                packed = file.get_tensor(f"{name}:bits").numpy() if own else self._masks.packed(name)
-                values = expanded(values, packed, shape)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{path} does not go with its masks: {name}: {error}.") from error
-        return values.to(self._device)
+        return self._slices[name][...]
 
     def get_slice(self, name: str) -> _Slice:
-        return _Slice(self, name)
-
-    def shape(self, name: str) -> list[int]:
-        place = self._where[name]
-        return list(place.file.get_slice(name).get_shape() if place.shape is None else place.shape)
-
-    def dtype(self, name: str) -> str:
-        return self._where[name].file.get_slice(name).get_dtype()
+        return self._slices[name]
 
 
-class _Place(NamedTuple):
-    file: Any
-    shape: tuple[int, ...] | None  # of a tensor that has to be expanded
-    own: bool  # has bits of its own
-    path: Path
-
-
+@dataclass(frozen=True)
 class _Slice:
     """A tensor that is expanded when it is indexed."""
 
-    def __init__(self, files: CompactFiles, name: str):
-        self._files, self._name = files, name
+    path: Path
+    file: Any
+    name: str
+    shape: tuple[int, ...] | None  # of a tensor that has to be expanded
+    own: bool  # has bits of its own
+    masks: Masks
+    device: str | torch.device
 
     def get_shape(self) -> list[int]:
-        return self._files.shape(self._name)
+        return list(self.shape or self.file.get_slice(self.name).get_shape())
 
     def get_dtype(self) -> str:
-        return self._files.dtype(self._name)
+        return self.file.get_slice(self.name).get_dtype()
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._files.get_tensor(self._name)[index]
+        values = self.file.get_tensor(self.name)
+        if self.shape is not None:
+            try:
+                packed = self.file.get_tensor(f"{self.name}:bits").numpy() if self.own else self.masks.packed(self.name)
+                values = expanded(values, packed, self.shape)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{self.path} does not go with its masks: {self.name}: {error}.") from error
+        return values.to(self.device)[index]
 
 
 _patching = threading.Lock()

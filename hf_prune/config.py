@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .methods import Method, make
 from .methods.base import REGISTRY
-from .patterns import COMPARISON_GROUPS, NM, Pattern, parse
+from .patterns import COMPARISON_GROUPS, NM, Pattern, one_of, parse
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,7 @@ class PruningConfig:
             self.method = make(self.method, self.method_options)
         else:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
-        self.method_options = self.method.options()
+        self.method_options = dataclasses.asdict(self.method)
         self.pattern = parse(self.pattern, self.sparsity)
         if self.sparsity not in (0.5, self.pattern.sparsity):
             logger.warning(f"sparsity={self.sparsity} is not used: pattern '{self.pattern}' means {self.pattern.sparsity:g}.")
@@ -75,9 +75,9 @@ class PruningConfig:
             globs = getattr(self, name)
             setattr(self, name, [globs] if isinstance(globs, str) else list(globs))
         self.overrides = {glob: parse(pattern, self.sparsity) for glob, pattern in self.overrides.items()}
-        _one_of("comparison_group", self.comparison_group, (None, *COMPARISON_GROUPS))
-        _one_of("propagate", self.propagate, (None, "linear", "block"))
-        _one_of("sampling", self.sampling, ("packed", "paper"))
+        one_of("comparison_group", self.comparison_group, (None, *COMPARISON_GROUPS))
+        one_of("propagate", self.propagate, (None, "linear", "block"))
+        one_of("sampling", self.sampling, ("packed", "paper"))
         for name in ("n_samples", "sequence_length"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -85,9 +85,7 @@ class PruningConfig:
         self.comparison_group = self.comparison_group or self.method.comparison_group
         self.propagate = self.propagate or self.method.propagate
         if self.comparison_group == "block" and self.propagate == "linear":
-            raise ValueError(
-                "comparison_group='block' compares all linears of a block before one is pruned: use propagate='block'."
-            )
+            raise ValueError("comparison_group='block' compares a block's linears before one is pruned: use propagate='block'.")
         if self.comparison_group == "model" and self.method.needs:
             raise ValueError(
                 f"comparison_group='model' needs all scores before any weight is pruned, but {self.method.name} scores a "
@@ -162,8 +160,3 @@ def _matches(name: str, glob: str) -> bool:
     return (
         fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(name.rpartition(".")[0], glob) and name.split(".")[-1].isdigit()
     )
-
-
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from .atomic import replaced_folder
+from .atomic import readable, replaced_folder
 from .compact import INDEX, CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
 from .masks import Masks, unpack
@@ -82,29 +82,24 @@ def _config_of(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no model folder: it has no config.json.")
-    try:
+    with readable(path, "the config of a model"):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as the config of a model: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} cannot be read as the config of a model: it holds a {type(config).__name__}.")
-    return config
+        config.items  # noqa: B018 - of anything but a dict it is an error
+        return config
 
 
 def _write(folder: Path, files: Any, plan: list[list[str]]) -> None:
     weight_map, total = {}, 0
     for i, names in enumerate(tqdm(plan, desc="expand", unit="shard")):
         path = folder / ("model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors")
-        total += _write_shard(path, {name: files.get_tensor(name) for name in names})
+        tensors = {name: files.get_tensor(name) for name in names}
+        save_file(tensors, path, {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before those of the next file are made
         weight_map.update(dict.fromkeys(names, path.name))
     if len(plan) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> int:
-    save_file(tensors, path, {"format": "pt"})
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class _Legacy(contextlib.ExitStack):
@@ -126,46 +121,34 @@ class _Legacy(contextlib.ExitStack):
             raise ValueError(f"{folder} is quantized as well as {self.format}: only sparse weights can be expanded.")
         self._folder = folder
         self._files: dict[str, Any] = {}
-        try:
-            for name in self._names():
+        with readable(folder, self.format):
+            names, index = {"model.safetensors"}, folder / INDEX
+            if index.is_file():
+                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            for name in sorted(names):
                 check_inside(folder / name, folder)
                 file = self.enter_context(safe_open(folder / name, "pt"))
                 self._files.update(dict.fromkeys(file.keys(), file))
-            self.bits, self._shapes = {}, {}
+            self.bits, self.shapes = {}, {}
             for module in [key.removesuffix(".compressed") for key in self._files if key.endswith(".compressed")]:
-                self._shapes[f"{module}.weight"] = tuple(self._part(module, "shape").flatten().tolist())
+                self.shapes[f"{module}.weight"] = tuple(self._part(module, "shape").flatten().tolist())
                 self.bits[f"{module}.weight"] = self._part(module, "bitmask").numpy()
-        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} cannot be read as {self.format}: {error!r}.") from error
-        if not self._shapes:
+        if not self.shapes:
             raise ValueError(f"{folder} says it is {self.format}, but has no compressed weight.")
-        parts = {f"{name.removesuffix('weight')}{part}" for name in self._shapes for part in self.PARTS}
-        names = [*self._shapes, *(name for name in self._files if name not in parts)]
+        parts = {f"{name.removesuffix('weight')}{part}" for name in self.shapes for part in self.PARTS}
+        names = [*self.shapes, *(name for name in self._files if name not in parts)]
         like = {name: self.get_tensor(name).to("meta") for name in names}  # finds damage before anything is written
         self.plan = list(split_torch_state_dict_into_shards(like).filename_to_tensors.values())
 
     def get_tensor(self, name: str) -> Tensor:
         """The dense tensor of that name."""
-        if name not in self._shapes:
+        if name not in self.shapes:
             return self._files[name].get_tensor(name)
         values = self._part(name.removesuffix(".weight"), "compressed").flatten()
         try:
-            return expanded(values, self.bits[name], self._shapes[name])
+            return expanded(values, self.bits[name], self.shapes[name])
         except (ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"{self._folder} is damaged: {name}: {error}.") from error
-
-    def masks(self) -> Masks:
-        """Its bits as masks."""
-        masks = Masks()
-        for name, bits in self.bits.items():
-            masks[name] = torch.from_numpy(unpack(bits, self._shapes[name][-1]))
-        return masks
-
-    def _names(self) -> list[str]:
-        index = self._folder / INDEX
-        if not index.is_file():
-            return ["model.safetensors"]
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
     def _part(self, module: str, part: str) -> Tensor:
         key = f"{module}.{part}"
@@ -178,7 +161,7 @@ def _state_of(legacy: _Legacy, config: dict[str, Any]) -> PruningState | None:
     """A state for masks that somebody else made, and `config` changed to match; None if the model's names are not the file's."""
     config.pop("quantization_config", None)
     config.pop("compression_config", None)
-    masks = legacy.masks()
+    masks = Masks({name: torch.from_numpy(unpack(bits, legacy.shapes[name][-1])) for name, bits in legacy.bits.items()})
     try:
         values = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
         with torch.device("meta"):

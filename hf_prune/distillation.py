@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import align_module_device, has_offloaded_params
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .atomic import write_whole
+from .atomic import readable, write_whole
 
 
 _LEAST = -1e4  # of a log-probability: 0 in effect, but finite, also in float16
@@ -60,9 +61,7 @@ class Distillation:
         inputs = {k: kwargs[k] for k in ("input_ids", "attention_mask", "position_ids") if kwargs.get(k) is not None}
         student = output.get("logits")
         if student is None:
-            raise ValueError(
-                "distillation needs logits, and the model gave none: TRL's SFTTrainer fuses the head into its loss. Use Trainer."
-            )
+            raise ValueError("distillation needs logits, and SFTTrainer of TRL fuses them into its loss: use Trainer.")
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         wanted = (following != -100).reshape(-1).nonzero().squeeze(1).to(student.device)
         count = kwargs.get("num_items_in_batch")
@@ -79,7 +78,8 @@ class Distillation:
 
     @torch.no_grad()
     def _logits(self, inputs: dict[str, Tensor], shape: torch.Size) -> Tensor:
-        device = _device_of(self.teacher)
+        offloaded = (m._hf_hook.execution_device for m in self.teacher.modules() if has_offloaded_params(m))
+        device = next(offloaded, next(self.teacher.parameters()).device)
         teacher = self.teacher(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
         if teacher.shape != shape:
             raise ValueError(f"the teacher's logits {tuple(teacher.shape)} do not match the student's {tuple(shape)}.")
@@ -116,12 +116,12 @@ class Distillation:
                 _save(paths[i], _top_of(row[: lengths[i]], k, self.temperature))
         parts = [torch.zeros(*shape[:2], k), torch.zeros(*shape[:2], k, dtype=torch.int32), torch.zeros(*shape[:2])]
         for i, path in enumerate(paths):
-            try:
-                with safe_open(path, "pt") as file:
-                    for part, name in zip(parts, _PARTS):
-                        part[i, : lengths[i]] = file.get_tensor(name)
-            except (SafetensorError, RuntimeError) as error:
-                raise ValueError(f"{path} is damaged: {error}. Delete it; the teacher makes it anew.") from error
+            with (
+                readable(path, "a teacher's predictions", " Delete it; the teacher makes it anew."),
+                safe_open(path, "pt") as file,
+            ):
+                for part, name in zip(parts, _PARTS):
+                    part[i, : lengths[i]] = file.get_tensor(name)
         return parts
 
     def _place(self, vocabulary: int) -> Path:
@@ -142,33 +142,15 @@ class Distillation:
         return self._folder
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    """Those of accelerate."""
-    hook = getattr(module, "_hf_hook", None)
-    return list(getattr(hook, "hooks", (hook,)))
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    """Where the inputs go; parameters that accelerate offloads are on the meta device until they are used."""
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        return device
-    found = (getattr(hook, "execution_device", None) for module in model.modules() for hook in _hooks(module))
-    return torch.device(next((there for there in found if there is not None), device))
-
-
 @torch.no_grad()
 def _identity(model: nn.Module) -> str:
     """SHA-256 of the config's name, and of names, shapes and a few values of the parameters, its first 16 digits."""
     total = hashlib.sha256(str(getattr(getattr(model, "config", None), "_name_or_path", "")).encode())
     for path, module in model.named_modules():
-        for name, values in module.named_parameters(recurse=False):
-            if values.is_meta:
-                values = next(
-                    hook.weights_map[name] for hook in _hooks(module) if getattr(hook, "weights_map", None) is not None
-                )
-            total.update(f"{path}.{name}{values.dtype}{tuple(values.shape)}".encode())
-            total.update(values.flatten()[:: max(1, values.numel() // 16)].float().cpu().numpy().tobytes())
+        with align_module_device(module):  # what accelerate offloads is at hand within
+            for name, values in module.named_parameters(recurse=False):
+                total.update(f"{path}.{name}{values.dtype}{tuple(values.shape)}".encode())
+                total.update(values.flatten()[:: max(1, values.numel() // 16)].float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
 
 

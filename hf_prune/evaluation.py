@@ -12,6 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .blocks import as_it_was
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -84,21 +86,15 @@ def perplexity(
     ids = _ids(tokenizer, text, bos if add_bos else None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
-        raise ValueError(
-            f"token ids run from {int(ids.min())} to {int(ids.max())}, the model's vocabulary to {vocabulary - 1}."
-        )
+        raise ValueError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the vocabulary to {vocabulary - 1}.")
     body = length - 1 if add_bos else length
     starts = [0] if stride < length and 2 <= len(ids) < body else list(range(0, len(ids) - body + 1, min(stride, body)))
     if not starts:
-        raise ValueError(
-            f"the text has {len(ids)} tokens, one window needs {body}. Give more text or a smaller sequence_length."
-        )
+        raise ValueError(f"the text has {len(ids)} tokens, a window needs {body}. Give more text or a smaller sequence_length.")
     if stride < length and starts[-1] + body < len(ids):
         starts.append(starts[-1] + stride)  # the shorter rest
-    training = model.training
-    model.eval()
     total, count, end = 0.0, 0, 0
-    try:
+    with as_it_was(model):
         for start in tqdm(starts, desc="perplexity", unit="window", disable=not progress):
             window = ids[start : start + body]
             fresh = min(start + len(window) - end, len(window) - (0 if add_bos else 1))  # not predicted before
@@ -110,8 +106,6 @@ def perplexity(
             loss = torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device), reduction="none")
             total += float(loss[len(loss) - fresh :].sum(dtype=torch.float64))
             count += fresh
-    finally:
-        model.train(training)
     value = math.exp(total / count) if total / count < 700 else math.inf
     return Perplexity(value, count, len(starts), length, stride, bool(add_bos))
 

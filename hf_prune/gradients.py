@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from .blocks import Block, Call, Linear, _replaced
+from .blocks import Block, Call, Linear, _replaced, as_it_was
 from .calibration import batches_of
 from .statistics import GradientNorm
 
@@ -90,33 +90,25 @@ def _streamed(
 
     The linears in `by_token` that are modules of their own get none: their inputs and their outputs' gradients are enough.
     """
-    before = [(p, p.requires_grad, p.grad) for p in owner.parameters()]
 
     def take(norm: GradientNorm, parameter: nn.Parameter) -> None:
         norm.update(parameter.grad, scale)
         parameter.grad = None
 
     with contextlib.ExitStack() as stack:
-        try:
-            for parameter in owner.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
-            for name, linear in alone.items():
-                norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
-                take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale), checkpointed)
-                stack.callback(linear.module.register_forward_hook(take_tokens, with_kwargs=True).remove)
-            for name, parameter in parameters.items():
-                if name in alone:
-                    continue
+        stack.enter_context(as_it_was(owner))
+        owner.requires_grad_(False)
+        alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
+        for name, linear in alone.items():
+            norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
+            take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale), checkpointed)
+            stack.callback(linear.module.register_forward_hook(take_tokens, with_kwargs=True).remove)
+        for name, parameter in parameters.items():
+            if name not in alone:
                 parameter.requires_grad_(True)
                 hook = parameter.register_post_accumulate_grad_hook(partial(take, norms[name]))
                 stack.callback(hook.remove)
-            yield
-        finally:
-            for parameter, required, gradient in before:
-                parameter.requires_grad_(required)
-                parameter.grad = gradient
+        yield
 
 
 def _listen(

@@ -11,15 +11,13 @@ from transformers.utils import logging
 
 from .blocks import Decoder
 from .config import PruningConfig
-from .patterns import NM, Pattern, Unstructured
+from .patterns import NM, Pattern, Unstructured, one_of
 from .pruning import check_model
 from .report import PruningReport
 from .serialization import settle
 
 
 logger = logging.get_logger(__name__)
-
-SCHEDULES = ("linear", "cubic")
 
 
 def prune_iteratively(
@@ -51,8 +49,7 @@ def prune_iteratively(
     Raises:
         ValueError: an unknown schedule, no round, or `train` left pruned weights that are not zero.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    one_of("schedule", schedule, ("linear", "cubic"))
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
     if not callable(train):
@@ -60,7 +57,8 @@ def prune_iteratively(
     check_model(model)
     settle(model)
     reports = []
-    stages = [config_of_round(config, _share(schedule, t, rounds)) for t in range(1, rounds + 1)]
+    shares = [t / rounds if schedule == "linear" else 1 - (1 - t / rounds) ** 3 for t in range(1, rounds + 1)]
+    stages = [config_of_round(config, share) for share in shares]
     stages = [stage for stage, after in zip(stages, [*stages[1:], None]) if stage != after]
     for i, stage in enumerate(stages, 1):
         if _is_reached(model, stage):
@@ -100,7 +98,3 @@ def _partly(pattern: Pattern, share: float) -> Pattern:
     if isinstance(pattern, NM):
         return NM(pattern.m - max(1, round(share * (pattern.m - pattern.n))), pattern.m)
     return Unstructured(pattern.sparsity * share)
-
-
-def _share(schedule: str, t: int, rounds: int) -> float:
-    return 1 - (1 - t / rounds) ** 3 if schedule == "cubic" else t / rounds

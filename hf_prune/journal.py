@@ -11,15 +11,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .atomic import write_whole
+from .atomic import readable, write_whole
 from .report import BlockReport
 
 
@@ -39,20 +39,15 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "journal.json"
         if path.exists():
-            try:
+            with _part(path):
                 known = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} cannot be read as the journal of a pruning: {error}.") from error
             differs = [
                 f"{key} (then {known.get(key)}, now {identity.get(key)})"
                 for key in sorted({*known, *identity})
                 if known.get(key) != identity.get(key)
             ]
             if differs:
-                raise ValueError(
-                    f"{folder} holds the journal of another pruning. What differs: {'; '.join(differs)}. "
-                    "Give the same inputs, or another resume_dir."
-                )
+                raise ValueError(f"{path} is of another pruning. What differs: {'; '.join(differs)}. Take another resume_dir.")
         else:
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))
 
@@ -81,7 +76,7 @@ class Journal:
 
     def load_block(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], BlockReport]:
         """Writes the weights of block `index` into `parameters`; its masks and report."""
-        with _readable(self._block(index)):
+        with _part(self._block(index)):
             with safe_open(self._block(index), "pt") as file:
                 report = BlockReport.from_dict(json.loads(file.metadata()["report"]))
             tensors = load_file(self._block(index))
@@ -92,7 +87,7 @@ class Journal:
     def hidden(self, like: list[Tensor]) -> list[Tensor]:
         """The hidden states after the last finished block, on the devices of `like`."""
         path = self._hidden(self.finished)
-        with _readable(path):
+        with _part(path):
             states = load_file(path)
             return [states[key].to(other.device) for key, other in zip(sorted(states), like, strict=True)]
 
@@ -103,7 +98,7 @@ class Journal:
             made = {key: tensor.contiguous().cpu() for key, tensor in make().items()}
             write_whole(path, lambda temporary: save_file(made, temporary))
             return made
-        with _readable(path):
+        with _part(path):
             return load_file(path)
 
     def _block(self, index: int) -> Path:
@@ -123,15 +118,4 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-class _readable:
-    """Turns what a damaged file raises into one error that names it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (SafetensorError, KeyError, TypeError, ValueError, RuntimeError)):
-            raise ValueError(f"{self.path} is damaged: {error}. Delete the folder to begin anew.") from error
+_part = partial(readable, what="a part of a journal", way_out=" Delete the folder to begin anew.")

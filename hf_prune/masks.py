@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+
+from .atomic import readable
 
 
 FORMAT_VERSION = 1
@@ -121,10 +123,7 @@ class Masks(MutableMapping[str, Tensor]):
             if name not in parameters:
                 raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
             if tuple(parameters[name].shape) != self.shape(name):
-                raise ValueError(
-                    f"the masks do not belong to this model: {name} has shape {tuple(parameters[name].shape)}, "
-                    f"its mask {self.shape(name)}."
-                )
+                raise ValueError(f"the masks are not of this model: {name} has shape {tuple(parameters[name].shape)}.")
         return {name: parameters[name] for name in self}
 
     def digest(self) -> str:
@@ -162,32 +161,27 @@ class Masks(MutableMapping[str, Tensor]):
         """
         path = Path(folder) / MASK_FILE
         masks = cls()
-        try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != "hf_prune.masks":
-                    raise ValueError(f"{path} holds no masks of hf_prune: its format is {metadata.get('format')!r}.")
-                check_version(path, metadata["version"])
-                shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-                masks.patterns = dict(json.loads(metadata["patterns"]))
-                coded = set(json.loads(metadata.get("coded", "[]")))
-                if set(file.keys()) != set(shapes):
-                    raise ValueError(f"{path}: its list of shapes and its masks are not of the same parameters.")
-                for name, shape in shapes.items():
-                    packed = file.get_tensor(name)
-                    if name in coded:
-                        packed = _decode(packed, shape)
-                    if packed.dtype != numpy.uint8 or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
-                        raise ValueError(f"{path}: the mask of {name} has shape {packed.shape}, not that of {shape}.")
-                    masks._packed[name] = packed, shape
-                if masks.digest() != metadata["digest"]:
-                    raise ValueError(f"{path} is damaged: its masks are not those that were saved (digest differs).")
-                if digest not in (None, metadata["digest"]):
-                    raise ValueError(f"{path} is not the file that was saved with this model: its digest differs.")
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as masks of hf_prune: {error!r}.") from error
+        with readable(path, "masks of hf_prune"), safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "hf_prune.masks":
+                raise ValueError(f"{path} holds no masks of hf_prune: its format is {metadata.get('format')!r}.")
+            check_version(path, metadata["version"])
+            shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+            masks.patterns = dict(json.loads(metadata["patterns"]))
+            coded = set(json.loads(metadata.get("coded", "[]")))
+            if set(file.keys()) != set(shapes):
+                raise ValueError(f"{path}: its list of shapes and its masks are not of the same parameters.")
+            for name, shape in shapes.items():
+                packed = file.get_tensor(name)
+                if name in coded:
+                    packed = _decode(packed, shape)
+                if packed.dtype != numpy.uint8 or packed.shape != (*shape[:-1], -(-shape[-1] // 8)):
+                    raise ValueError(f"{path}: the mask of {name} has shape {packed.shape}, not that of {shape}.")
+                masks._packed[name] = packed, shape
+            if masks.digest() != metadata["digest"]:
+                raise ValueError(f"{path} is damaged: its masks are not those that were saved (digest differs).")
+            if digest not in (None, metadata["digest"]):
+                raise ValueError(f"{path} is not the file that was saved with this model: its digest differs.")
         return masks
 
 

@@ -15,14 +15,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .atomic import replaced_folder
+from .blocks import Decoder, as_it_was
+from .calibration import batches_of
 from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import base_card, card_of, without_section, write_card
-from .pruning import check_model, is_dequantized, prune_model, reconstruct_model
-from .reconstruction import Reconstruction
+from .pruning import check_model, check_weights, is_dequantized, prune_model, sequences_for
+from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
-from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle
+from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle, state_of
+from .undo import Undo
 
 
 logger = logging.get_logger(__name__)
@@ -47,12 +50,15 @@ class PruningMixin:
 
         Args:
             config: what and how; default is Wanda at 50 %.
-            calibration: texts, chats, token ids, a DataLoader, a `datasets` Dataset, a file, or a Hub data set's name.
+            calibration: texts, chats, token ids, a DataLoader, a `datasets` Dataset, a file, or a Hub data set's name; only methods
+                that need data read it.
             tokenizer: for text.
             masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
             store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
-            resume_dir: folder for a journal: the same call after an interruption goes on from the last finished block.
+            resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a
+                result equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it
+                when the model is saved. Methods that need no data take seconds and keep no journal.
             reconstruct: train each block, once it is pruned, to give the dense model's output; True takes the defaults.
 
         Returns:
@@ -63,9 +69,7 @@ class PruningMixin:
         """
         config = PruningConfig() if config is None else config
         if not isinstance(config, PruningConfig):
-            raise TypeError(
-                f"config must be a PruningConfig, such as hf_prune.PruningConfig(method='wanda'), got a {type(config).__name__}."
-            )
+            raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
         check_model(self)
         state = settle(self)
 
@@ -111,20 +115,44 @@ class PruningMixin:
 
 
 def reconstruct(
-    model: PreTrainedModel, dense: PreTrainedModel, calibration: Any, tokenizer: Any = None, **options: Any
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    calibration: Any,
+    tokenizer: Any = None,
+    *,
+    how: Reconstruction | None = None,
+    n_samples: int = 128,
+    sequence_length: int | None = None,
+    seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """`reconstruct_model` with the masks that `model` carries.
+    """Trains every block of a pruned `model` in place to give the output of the `dense` model's, its masks held.
+
+    Args:
+        calibration, tokenizer, n_samples, sequence_length, seed: as in `calibration_sequences`.
+
+    Returns:
+        Block -> relative squared error on held-out calibration text before and after; equal where that did not fall, and the
+        block was left as it was.
 
     Raises:
-        ValueError: it carries none; and as there.
+        ValueError, TypeError: nothing has changed then, also after KeyboardInterrupt.
     """
-    state = settle(model)
-    if state is None:
-        raise ValueError("reconstruct needs a pruned model, and this one has no masks: call model.prune(...) first.")
-    errors = reconstruct_model(model, dense, state.masks, calibration, tokenizer, **options)
-    if state.report:
-        for block in state.report.blocks:
-            block.reconstruction = errors.get(block.name)
+    how, state = how or Reconstruction(), state_of(model, "reconstruct")
+    check_model(model)
+    check_model(dense)
+    config = PruningConfig(n_samples=n_samples, sequence_length=sequence_length, seed=seed)
+    with as_it_was(model), as_it_was(dense):
+        check_weights(model)
+        decoder, original = Decoder(model), Decoder(dense)
+        shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
+        if model is dense or shapes[0] != shapes[1]:
+            raise ValueError("dense must be the model before pruning: another instance, with parameters of the same shapes.")
+        batches = batches_of(sequences_for(model, config, calibration, tokenizer), how.batch_tokens)
+        how.split(len(batches))
+        with Undo(decoder.parameters) as undo:
+            errors = reconstruct_blocks(decoder, original, state.masks, batches, how, undo.save)
+    for block in state.report.blocks if state.report else ():
+        block.reconstruction = errors.get(block.name)
     return errors
 
 
@@ -146,18 +174,13 @@ def install() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, compact: bool = False, **kwargs):
-        state = _state_to_save(self, compact)
-        if compact:
-            _check_compact(self, state, kwargs.get("variant"))
+        state = _state_to_save(self, compact, kwargs.get("variant"))
         if args:  # by their names, which differ between versions
             kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
         if not state or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
         if os.path.exists(os.path.join(save_directory, ADAPTER)):
-            raise ValueError(
-                f"{save_directory} holds an adapter ({ADAPTER}), which from_pretrained would load in place of this model: save to "
-                "another folder, or delete the adapter."
-            )
+            raise ValueError(f"{save_directory} holds an adapter, which would be loaded instead: save to another folder.")
         push, token, tags = kwargs.pop("push_to_hub", False), kwargs.get("token"), kwargs.pop("tags", None) or []
         hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
         old = card_of(str(save_directory)) if Path(save_directory).is_dir() else None
@@ -181,10 +204,7 @@ def install() -> None:
         """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
         `save_pretrained`."""
         compact = kwargs.pop("compact", False)
-        state = _state_to_save(self, compact)
-        if compact:
-            _check_compact(self, state, None)
-        if not state:
+        if not _state_to_save(self, compact):
             return original_push(self, repo_id, *args, **kwargs)
         if args:
             raise TypeError("push_to_hub of a pruned model takes all arguments but repo_id by name.")
@@ -240,37 +260,27 @@ def _upload(folder: str | Path, repo: str, names: list[str], variant: str | None
     )
 
 
-def _check_compact(model: PreTrainedModel, state: PruningState | None, variant: str | None) -> None:
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("compact=True saves a pruned model, and this one would save its adapter: merge or delete it first.")
-    if not state:
-        raise ValueError("compact=True leaves out what masks prune, and this model has none: prune it first.")
-    if variant:
-        raise ValueError(f"compact=True has no variants: leave out variant={variant!r}.")
-
-
-def _state_to_save(model: PreTrainedModel, needed: bool) -> PruningState | None:
+def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = None) -> PruningState | None:
     """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so.
 
     With an adapter it is the adapter that is saved, without masks; the model keeps them.
 
     Raises:
-        ValueError: it is not, and `needed`.
+        ValueError: what cannot be saved `compact`.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return None
+    state, problem, adapted = None, "", getattr(model, "_hf_peft_config_loaded", False)
     try:
-        state = settle(model)
-        violations = state.masks.violations(model) if state else {}
-        problem = (
-            f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
-            if violations
-            else ""
-        )
+        state = None if adapted else settle(model)
+        if violations := state.masks.violations(model) if state else {}:
+            problem = (
+                f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
+            )
     except ValueError as error:
-        state, problem = None, str(error)
-    if problem and needed:
-        raise ValueError(f"compact=True leaves out what masks prune, and here {problem}. Save it without compact.")
+        problem = str(error)
+    if compact and (variant or problem or not state):
+        none = "its adapter would be saved: merge or delete it first" if adapted else "it has none: prune it first"
+        why = problem or (f"it has no variants: leave out {variant!r}" if state else none)
+        raise ValueError(f"compact=True leaves out what the masks of a model prune, but {why}.")
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
         model.config.pruning_config = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,10 @@ def write_card(folder: Path, report: PruningReport, *, old: str | None, base: st
     files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     try:
-        _card(old)
+        text = render(report, sizes, old, base, tags)
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"{CARD} is left as it was, its metadata cannot be read: {error}")
         return
-    text = render(report, sizes, old, base, tags)
     (folder / CARD).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -69,22 +69,15 @@ def render(
         ValueError: the metadata of `old` is no YAML.
     """
     section = f"{BEGIN}\n\n# {_title(report)}\n\n{_section(report, sizes)}\n\n{END}"
-    card = _card(old)
-    text = card.text
-    known = _SECTION.search(text)
-    if known:
-        card.text = text[: known.start()] + section + text[known.end() :]
+    known = (old or "").lstrip().startswith("---")
+    card = ModelCard(old if known else f"---\nlibrary_name: transformers\n---\n{old or ''}")
+    if _SECTION.search(card.text):
+        card.text = _SECTION.sub(lambda match: section, card.text, count=1)
     else:
-        card.text = f"{text.rstrip()}\n\n{section}\n" if text.strip() else f"\n{section}\n"
+        card.text = f"{card.text.rstrip()}\n\n{section}\n" if card.text.strip() else f"\n{section}\n"
     _describe(card.data, report, tags)
     _carry_over(card.data, base)
     return str(card)
-
-
-def _card(text: str | None) -> ModelCard:
-    if text is None or not text.strip():
-        text = "---\nlibrary_name: transformers\n---\n"
-    return ModelCard(text if text.lstrip().startswith("---") else f"---\nlibrary_name: transformers\n---\n{text}")
 
 
 def without_section(text: str) -> str:
@@ -139,10 +132,6 @@ def _result(evaluation: dict[str, Any]) -> EvalResult:
     )
 
 
-def _name(report: PruningReport) -> str:
-    return Path(report.base_model).name if report.base_model else report.model
-
-
 def _pattern(report: PruningReport) -> str:
     pattern = report.config["pattern"]
     return pattern if ":" in pattern else f"{report.sparsity:.0%}"
@@ -150,7 +139,8 @@ def _pattern(report: PruningReport) -> str:
 
 def _title(report: PruningReport) -> str:
     method = report.config["method"]
-    return f"{_name(report)}, pruned to {_pattern(report)} with {_TITLES.get(method, method)}"
+    name = Path(report.base_model).name if report.base_model else report.model
+    return f"{name}, pruned to {_pattern(report)} with {_TITLES.get(method, method)}"
 
 
 def _section(report: PruningReport, sizes: dict[str, int]) -> str:
@@ -161,7 +151,7 @@ def _section(report: PruningReport, sizes: dict[str, int]) -> str:
         "Speed": _speed(report),
         "Block by block": _picture(report),
         "Limits": _limits(report),
-        "Load it": _load(_is_compact(sizes)),
+        "Load it": _LOAD if _is_compact(sizes) else f"{_LOAD}\n\n{_PLAIN}",
         "Make it again": _again(report),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
@@ -174,7 +164,10 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _how(report: PruningReport) -> str:
-    config = report.config
+    config, data = report.config, "no data"
+    if report.tokens:
+        data = f"{report.calibration}, " if report.calibration else ""
+        data += f"{report.sequences} sequences, {report.tokens} tokens, sampling {config['sampling']}, seed {config['seed']}"
     method = REGISTRY.get(config["method"])
     paper = f" ({method.paper})" if method and method.paper else ""
     options = ", ".join(f"{key}={value!r}" for key, value in config.get("method_options", {}).items())
@@ -188,23 +181,13 @@ def _how(report: PruningReport) -> str:
         ("left dense", ", ".join(config.get("exclude", []))),
         ("sparsity of the pruned linears", f"{report.sparsity:.4f}"),
         ("sparsity of all parameters", f"{report.model_sparsity:.4f}"),
-        ("calibration", _calibration(report)),
+        ("calibration", data),
         ("peak memory", f"{report.peak_memory / 2**30:.2f} GiB" if report.peak_memory else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
-    notes: dict[str, int] = {}
-    for why in [*report.skipped.values(), *report.notes.values()]:
-        notes[why] = notes.get(why, 0) + 1
+    notes = Counter([*report.skipped.values(), *report.notes.values()])
     rows += [(f"{count} linear{'s' if count > 1 else ''}", why) for why, count in notes.items()]
     return _table(("", ""), [row for row in rows if row[1]])
-
-
-def _calibration(report: PruningReport) -> str:
-    if not report.tokens:
-        return "no data"
-    name = f"{report.calibration}, " if report.calibration else ""
-    config = report.config
-    return f"{name}{report.sequences} sequences, {report.tokens} tokens, sampling {config['sampling']}, seed {config['seed']}"
 
 
 def _quality(report: PruningReport) -> str:
@@ -283,13 +266,12 @@ def _limits(report: PruningReport) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _load(compact: bool) -> str:
-    plain = "" if compact else "\n\n`AutoModelForCausalLM.from_pretrained` loads it as well, also without hf_prune."
-    return f"""```python
+_LOAD = """```python
 import hf_prune
 
 model = hf_prune.load("THIS_REPOSITORY")  # checks weights and masks
-```{plain}"""
+```"""
+_PLAIN = "`AutoModelForCausalLM.from_pretrained` loads it as well, also without hf_prune."
 
 
 def _again(report: PruningReport) -> str:

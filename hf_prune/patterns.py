@@ -20,6 +20,12 @@ from torch import Tensor
 COMPARISON_GROUPS = ("row", "matrix", "block", "model")
 
 
+def one_of(name: str, value: object, allowed: Sequence) -> None:
+    """Raises ValueError for a word that is not among those."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Any weight may go; `sparsity` is the fraction that does, in [0, 1).

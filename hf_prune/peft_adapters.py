@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from .masks import Masks, zero_pruned_
 from .perp import Adapted, Adapter
-from .serialization import settle
+from .serialization import state_of
 
 
 logger = logging.get_logger(__name__)
@@ -259,7 +259,4 @@ def refuse_densifying_merge(peft_model: PeftModel, masks: Masks) -> None:
 
 def _base_and_masks(model: PreTrainedModel | PeftModel) -> tuple[nn.Module, Masks]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    state = settle(base)
-    if state is None:
-        raise ValueError(f"MaskLoRA needs a pruned model, and this {type(base).__name__} has no masks: call model.prune first.")
-    return base, state.masks
+    return base, state_of(base, "MaskLoRA").masks

@@ -255,9 +255,7 @@ def attach(
                 "added_bias": lambda model: _add_biases(result), "head": lambda model: _adapt_head(result, rank, alpha, generator),
             }.get(kind, lambda model: _adapt(result, owners, Adapter(adapters[0], alpha / rank), rank, generator))(model)  # fmt: skip
             if not found:
-                raise ValueError(
-                    f"train={kind!r} finds nothing to train in {type(model).__name__}. " + _WAYS_OUT.get(kind, "Leave it out.")
-                )
+                raise ValueError(f"train={kind!r} finds nothing to train in this model. {_WAYS_OUT.get(kind, 'Leave it out.')}")
             for parameter in found:
                 parameter.requires_grad_(True)
                 if upcast:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Decoder, Linear
+from .blocks import Decoder, Linear, as_it_was
 from .calibration import batches_of, calibration_sequences
 from .config import PruningConfig
 from .gradients import model_gradients
 from .journal import Journal, fingerprint
 from .masks import Masks
 from .patterns import NM, Pattern
-from .reconstruction import Reconstruction, reconstruct_blocks
+from .reconstruction import Reconstruction
 from .report import PruningReport
 from .sequential import Plan, prune_blocks, prune_without_data
 from .statistics import GradientNorm
@@ -50,33 +50,19 @@ def prune_model(
     reconstruct: Reconstruction | bool | None = None,
     keep: Callable[[Masks, PruningReport], None] | None = None,
 ) -> tuple[Masks, PruningReport]:
-    """Prunes the linears of `model` in place; returns their masks and a report.
+    """As `PruningMixin.prune`, but the masks and the report are returned and `model` does not remember them.
 
     Args:
-        model: a decoder-only language model of Transformers, any floating dtype, on one or several devices.
-        config: what to prune and how.
-        calibration: see `calibration_sequences`; only methods that need data read it.
-        tokenizer: for text.
         old_masks: of an earlier pruning of this model; their zeros stay.
         fixed_masks: masks to use as they are, keyed by parameter name: a solver then only updates the kept weights.
-        tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
-        store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
-        resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a result
-            equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it when the
-            model is saved. Methods that need no data take seconds and keep no journal.
-        reconstruct: train each block, once it is pruned, to give the dense model's output; True takes the defaults.
         keep: is given the result as long as everything can still be undone.
-
-    Raises:
-        ValueError, TypeError: anything that cannot be pruned as asked, a journal of another pruning too. The model is then as it was before the call, also
-            after KeyboardInterrupt.
     """
     started = time.perf_counter()
     check_model(model)
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
     peak = _count_peak(model)
-    with _calm(model):
-        _check_weights(model)
+    with as_it_was(model):
+        check_weights(model)
         decoder = Decoder(model)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
@@ -93,20 +79,30 @@ def prune_model(
         needs_data = config.needs_calibration or how is not None
         sequences: list[Tensor] = []
         if needs_data:
-            sequences = _sequences(model, config, calibration, tokenizer)
+            sequences = sequences_for(model, config, calibration, tokenizer)
         elif calibration is not None:
             logger.info(f"{config.method.name} needs no data: the calibration text is not used.")
 
         journal = None
         if resume_dir is not None and needs_data:
-            identity = _identity(model, config, sequences, old_masks, fixed_masks, tokens_per_batch)
-            journal = Journal(resume_dir, {**identity, **({"reconstruct": str(how)} if how else {})})
-        undo = Undo(parameters.values() if how is None else decoder.parameters)
-        plan = Plan(
-            decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
-            reconstruction=how, before_change=undo.save,
-        )  # fmt: skip
-        try:
+            journal = Journal(
+                resume_dir,
+                {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
+                | ({"reconstruct": str(how)} if how else {})
+                | {
+                    "calibration": fingerprint(sequences),
+                    "weights": fingerprint(model.parameters()),
+                    "earlier masks": old_masks.digest()[:16],
+                    "given masks": fixed_masks.digest()[:16],
+                    "tokens_per_batch": str(tokens_per_batch),
+                    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                },
+            )
+        with Undo(parameters.values() if how is None else decoder.parameters) as undo:
+            plan = Plan(
+                decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
+                reconstruction=how, before_change=undo.save,
+            )  # fmt: skip
             gradient_seconds = 0.0
             if not needs_data:
                 masks, blocks = prune_without_data(plan)
@@ -130,9 +126,6 @@ def prune_model(
                     gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
                     journal=journal,
                 )
-            for name in old_masks:
-                if name not in masks:
-                    masks[name] = old_masks[name]
             masks.patterns = {name: pattern for name, pattern in old_masks.patterns.items() if name not in parameters}
             for linear in chosen:  # the experts in one parameter may differ
                 known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
@@ -156,66 +149,12 @@ def prune_model(
             )
             if keep is not None:
                 keep(masks, report)
-        except BaseException:
-            undo.restore()
-            raise
-        finally:
-            undo.close()
     for name, why in {
         **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
         **report.notes,
     }.items():
         logger.warning(f"{name}: {why}")
     return masks, report
-
-
-def reconstruct_model(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
-    masks: Masks,
-    calibration: Any,
-    tokenizer: Any = None,
-    *,
-    how: Reconstruction | None = None,
-    n_samples: int = 128,
-    sequence_length: int | None = None,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Trains every block of a pruned `model` in place to give the output of the `dense` model's, its masks held.
-
-    Args:
-        calibration, tokenizer, n_samples, sequence_length, seed: as in `calibration_sequences`.
-
-    Returns:
-        Block -> relative squared error on held-out calibration text before and after; equal where that did not fall, and the
-        block was left as it was.
-
-    Raises:
-        ValueError, TypeError: nothing has changed then, also after KeyboardInterrupt.
-    """
-    how = how or Reconstruction()
-    check_model(model)
-    check_model(dense)
-    config = PruningConfig(n_samples=n_samples, sequence_length=sequence_length, seed=seed)
-    with _calm(model), _calm(dense):
-        _check_weights(model)
-        decoder, original = Decoder(model), Decoder(dense)
-        shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
-        if model is dense or shapes[0] != shapes[1]:
-            raise ValueError(
-                "dense must be the model before it was pruned: another instance, with parameters of the same shapes."
-            )
-        masks.parameters_of(model)
-        batches = batches_of(_sequences(model, config, calibration, tokenizer), how.batch_tokens)
-        how.split(len(batches))
-        undo = Undo(decoder.parameters)
-        try:
-            return reconstruct_blocks(decoder, original, masks, batches, how, undo.save)
-        except BaseException:
-            undo.restore()
-            raise
-        finally:
-            undo.close()
 
 
 def check_model(model: nn.Module) -> None:
@@ -227,30 +166,18 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"hf_prune prunes models of Transformers, got a {type(model).__name__}.")
     if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(model).__name__} is no causal language model. Load it with AutoModelForCausalLM.from_pretrained(...)."
-        )
+        raise ValueError(f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM.")
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
-            raise ValueError(
-                f"{name} carries an adapter, which would hide the pruned weight. Call merge_and_unload() first, or prune "
-                "before adding adapters."
-            )
+            raise ValueError(f"{name} carries an adapter, which would hide the pruned weight: call merge_and_unload() first.")
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise ValueError(
-                f"{name} is quantized ({parameter.dtype}). Prune the model in bfloat16, float16 or float32, then quantize."
-            )
+            raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
         if parameter.is_meta:
-            raise ValueError(
-                f"{name} is offloaded (device 'meta'). Load the model without offloading, for example device_map='cpu'."
-            )
+            raise ValueError(f"{name} is offloaded (device 'meta'): load the model without that, for example device_map='cpu'.")
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not is_dequantized(model):
-        raise ValueError(
-            f"the model is quantized ({quantizer.quantization_config.quant_method}). Load it in bfloat16 or float32, prune, "
-            "then quantize."
-        )
+        raise ValueError(f"the model is quantized ({type(quantizer).__name__}): prune in bfloat16 or float32, then quantize.")
 
 
 def is_dequantized(model: nn.Module) -> bool:
@@ -260,14 +187,11 @@ def is_dequantized(model: nn.Module) -> bool:
     return "gguf" in method and not getattr(quantizer, "packed_modules", None)
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # A sum is NaN or inf if any summand is; only then is a closer look needed.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"the weights of {name} are not finite (NaN or inf): the checkpoint is damaged, or overflowed in float16. Load "
-                "it again, in bfloat16 or float32, or take an earlier checkpoint."
-            )
+            raise ValueError(f"the weights of {name} are not finite: a damaged checkpoint, or an overflow of float16.")
 
 
 def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
@@ -317,12 +241,9 @@ def _check_patterns(
             raise ValueError(f"masks were given, but none for {missing[0]}. Exclude it or add its mask.")
 
 
-def _sequences(model: PreTrainedModel, config: PruningConfig, calibration: Any, tokenizer: Any) -> list[Tensor]:
+def sequences_for(model: PreTrainedModel, config: PruningConfig, calibration: Any, tokenizer: Any) -> list[Tensor]:
     if calibration is None:
-        raise ValueError(
-            f"{config.method.name} needs calibration text: model.prune(config, calibration=[...], tokenizer=tokenizer). "
-            "method='magnitude' needs none."
-        )
+        raise ValueError(f"{config.method.name} needs calibration text: prune(config, calibration=[...], tokenizer=tokenizer).")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = config.sequence_length
     if length is None:
@@ -354,48 +275,15 @@ def _described(calibration: Any) -> str:
 
 
 def _gradients(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    linears: list[Linear],
-    samples: list[Tensor],
-    method: Any,
-    journal: Journal | None,
+    model: PreTrainedModel, decoder: Decoder, linears: list[Linear], samples: list[Tensor], method: Any, journal: Journal | None
 ) -> dict[str, GradientNorm]:
-    def compute() -> dict[str, GradientNorm]:
-        return model_gradients(
-            model, decoder.blocks, linears, samples, method.order, method.gradient_checkpointing, method.by_token
-        )
+    def compute() -> dict[str, Tensor]:
+        how = method.order, method.gradient_checkpointing, method.by_token
+        return {name: norm.sum for name, norm in model_gradients(model, decoder.blocks, linears, samples, *how).items()}
 
-    if journal is None:
-        return compute()
-    sums = journal.tensors("gradients", lambda: {name: norm.sum for name, norm in compute().items()})
-    return {
-        linear.parameter_name: GradientNorm.of(
-            sums[linear.parameter_name].to(linear.parameter.device), method.order, len(samples)
-        )
-        for linear in linears
-    }
-
-
-def _identity(
-    model: PreTrainedModel,
-    config: PruningConfig,
-    sequences: list[Tensor],
-    old: Masks,
-    fixed: Masks,
-    tokens_per_batch: int | None,
-) -> dict[str, str]:
-    """All that a result depends on, for a journal."""
-    words = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
-    return {
-        **words,
-        "calibration": fingerprint(sequences),
-        "weights": fingerprint(model.parameters()),
-        "earlier masks": old.digest()[:16],
-        "given masks": fixed.digest()[:16],
-        "tokens_per_batch": str(tokens_per_batch),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }
+    sums = journal.tensors("gradients", compute) if journal else compute()
+    parameters = {linear.parameter_name: linear.parameter for linear in linears}
+    return {name: GradientNorm.of(sums[name].to(p.device), method.order, len(samples)) for name, p in parameters.items()}
 
 
 def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:
@@ -408,18 +296,6 @@ def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:
     scores = 4 * getattr(text, "num_attention_heads", 32) * max(map(len, sequences))  # if attention is not fused
     per_token = 4 * (8 * text.hidden_size + 4 * width) + scores
     return max(_CPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // (3 * per_token))
-
-
-@contextlib.contextmanager
-def _calm(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within; every module's mode and gradient-checkpointing flag are as before afterwards."""
-    before = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _count_peak(model: PreTrainedModel) -> Callable[[], int | None]:

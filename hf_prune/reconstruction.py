@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,8 @@ from tqdm.auto import tqdm
 
 from .blocks import Block, Call, Decoder, Part, eager_experts, halves_of
 from .masks import Masks
+from .patterns import one_of
 from .perp import attach, masked_gradients
-
-
-TARGETS = ("dense", "sparse")
-UNITS = ("half", "block")
 
 
 @dataclass(frozen=True)
@@ -62,10 +58,8 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self):
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {self.targets!r}.")
-        if self.unit not in UNITS:
-            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}.")
+        one_of("targets", self.targets, ("dense", "sparse"))
+        one_of("unit", self.unit, ("half", "block"))
         if self.epochs < 1 or not 0 < self.held_out < 1 or self.batch_tokens < 1:
             raise ValueError(f"epochs and batch_tokens must be positive and held_out in (0, 1): got {self}.")
 
@@ -81,10 +75,7 @@ class Reconstruction:
             ValueError: fewer than two batches.
         """
         if n_batches < 2:
-            raise ValueError(
-                f"reconstruction needs at least two batches, got {n_batches}: give more calibration sequences, or make "
-                f"batch_tokens less than {self.batch_tokens}."
-            )
+            raise ValueError(f"reconstruction needs at least two batches, got {n_batches}: lower batch_tokens.")
         held = max(1, round(n_batches * self.held_out))
         return list(range(n_batches - held)), list(range(n_batches - held, n_batches))
 
@@ -101,8 +92,7 @@ def outputs_of(
     """For each part the hidden states after it, a tensor (sequences, length, d) a batch as `inputs`."""
     outputs = []
     for part in parts:
-        inputs = [part.run(call, x) for call, x in zip(calls, inputs)]
-        inputs = inputs if store is None else [x.to(store) for x in inputs]
+        inputs = [part.run(call, x).to(store) for call, x in zip(calls, inputs)]
         outputs.append(inputs)
     return outputs
 
@@ -125,22 +115,18 @@ def reconstruct_block(
     if len(parts) > 1 and not all(_trainable(part, masks, how) for part in parts):  # biases of the attention only, say
         parts, targets = [whole], targets[-1:]
     before = [(p, p.detach().clone()) for p in block.module.parameters()]
-    better = False
-    try:
-        first = best = _error(whole, calls, inputs, targets[-1], held)
-        for part, wanted in zip(parts, targets):
-            _train(part, masks, calls, states, wanted, how)
-            if part is not parts[-1]:
-                (states,) = outputs_of([part], calls, states)
-        now = _error(whole, calls, inputs, targets[-1], held)
-        better = now < first
-        best = now if better else first
-    finally:
-        if not better:
-            with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
-    return first, best
+    first = _error(whole, calls, inputs, targets[-1], held)
+    for part, wanted in zip(parts, targets):
+        _train(part, masks, calls, states, wanted, how)
+        if part is not parts[-1]:
+            (states,) = outputs_of([part], calls, states)
+    now = _error(whole, calls, inputs, targets[-1], held)
+    if now < first:
+        return first, now
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value)
+    return first, first
 
 
 @torch.enable_grad()
@@ -237,12 +223,10 @@ def reconstruct_blocks(
 def optimizer_of(parameters: list[nn.Parameter], rate: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW without weight decay; its rate warms up for a tenth of the `steps` and then falls linearly."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    shape = partial(_linear, warm_up=max(1, steps // 10), steps=steps)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-
-
-def _linear(step: int, warm_up: int, steps: int) -> float:
-    return (step + 1) / warm_up if step < warm_up else (steps - step) / max(1, steps - warm_up)
+    up = max(1, steps // 10)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / up if step < up else (steps - step) / max(1, steps - up)
+    )
 
 
 @torch.no_grad()

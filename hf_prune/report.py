@@ -1,4 +1,4 @@
-"""What a pruning did, linear by linear, as a value: printed as a table, or turned into a dict or Markdown."""
+"""What a pruning did, linear by linear, as a value: printed as a table, or turned into a dict."""
 
 from __future__ import annotations
 
@@ -151,15 +151,6 @@ class PruningReport:
              number(_mean([x.error for x in b.linears]), 3), number(b.error, 3), f"{b.seconds:.2f}")
             for b in self.blocks
         ]  # fmt: skip
-
-    def to_markdown(self) -> str:
-        """Summary and a table of the blocks."""
-        head = "| " + " | ".join(_COLUMNS) + " |\n|" + "---|" * len(_COLUMNS)
-        return (
-            "\n".join(f"- {line}" for line in self._summary())
-            + "\n\n"
-            + "\n".join([head, *("| " + " | ".join(row) + " |" for row in self._rows())])
-        )
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *self._rows()]

@@ -20,6 +20,7 @@ from .gradients import block_gradients
 from .journal import Journal
 from .masks import Masks
 from .methods import Magnitude, Method
+from .methods.base import Job, forget
 from .patterns import NM, Pattern, lowest_of_all
 from .reconstruction import Reconstruction, outputs_of, parts_of, reconstruct_block
 from .report import BlockReport, LinearReport
@@ -71,10 +72,7 @@ class _Input:
 
     def check(self) -> None:
         if not all(s.is_finite() for s in self.statistics.values()):
-            raise ValueError(
-                f"the activations that reach {self.linear.name} are not finite (NaN or inf). The model overflows on this "
-                "text: load it in bfloat16 or float32."
-            )
+            raise ValueError(f"the activations that reach {self.linear.name} are not finite: load it in bfloat16 or float32.")
 
     @property
     def sample(self) -> Tensor | None:
@@ -84,7 +82,7 @@ class _Input:
 @torch.no_grad()
 def prune_without_data(plan: Plan) -> tuple[Masks, list[BlockReport]]:
     """Prunes in place by weights alone."""
-    masks, reports = Masks(), []
+    masks, reports = plan.kept.renamed({name: name for name in plan.kept}), []
     if plan.group == "model":
         everything = [linear for block in plan.decoder.blocks for linear in plan.linears(block)]
         jointly = _joint_masks(plan, everything, {})
@@ -93,8 +91,8 @@ def prune_without_data(plan: Plan) -> tuple[Masks, list[BlockReport]]:
         work = _BlockWork(plan, block)
         if plan.group == "model":
             work.fixed = {linear.name: jointly.pop(linear.name) for linear in work.linears}
-        work.prune_all({})
-        work.finish(masks)
+        work.prune_all()
+        masks.update(work.masks)
         reports.append(BlockReport(block.name, time.perf_counter() - started, None, work.reports()))
     return masks, reports
 
@@ -120,7 +118,7 @@ def prune_blocks(
     Raises:
         ValueError: activations that are not finite.
     """
-    masks, reports = Masks(), []
+    masks, reports = plan.kept.renamed({name: name for name in plan.kept}), []
     done = journal.finished if journal else 0
     how = plan.reconstruction
     with eager_experts(plan.decoder.model):
@@ -137,7 +135,7 @@ def prune_blocks(
                 for parameter in work.parameters.values():
                     plan.before_change(parameter)
                 work.masks, report = journal.load_block(index, work.parameters)
-                work.finish(masks)
+                masks.update(work.masks)
                 reports.append(report)
                 continue
             before = calls[index][-1].run(block, hidden[-1])
@@ -154,33 +152,22 @@ def prune_blocks(
                 work.in_one_pass(arguments, states, store)
             else:
                 work.in_two_passes(arguments, states, store)
-            work.finish(masks)
+            masks.update(work.masks)
             reconstruction = None
             if how:
                 for parameter in work.parameters.values():
                     plan.before_change(parameter)
-                held = Masks(
-                    {
-                        name: masks.get(name, plan.kept.get(name))
-                        for name in work.parameters
-                        if name in masks or name in plan.kept
-                    }
-                )
-                reconstruction = reconstruct_block(parts, held, arguments, inputs, targets, how)
-                states = [_stored(call.run(block, x), store) for call, x in zip(arguments, inputs)]
+                reconstruction = reconstruct_block(parts, masks, arguments, inputs, targets, how)
+                states = [call.run(block, x).to(store) for call, x in zip(arguments, inputs)]
                 dense = targets[-1] if dense else []
             after = calls[index][-1].run(block, hidden[-1])
-            hidden = [*states, _stored(after, store)]
+            hidden = [*states, after.to(store)]
             calls[index].clear()
             error = _relative(after - before, before)
             reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports(), reconstruction))
             if journal:
                 journal.save_block(index, work.parameters, work.masks, reports[-1], [*hidden, *dense])
     return masks, reports
-
-
-def _stored(state: Tensor, store: torch.device | None) -> Tensor:
-    return state if store is None else state.to(store)
 
 
 class _BlockWork:
@@ -203,11 +190,8 @@ class _BlockWork:
 
     def in_one_pass(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
         """propagate="linear"; `states` become the block's outputs, in place."""
-
-        def on_complete(linear: Linear) -> None:
-            self._prune_group(linear.group, self._inputs.pop(linear.group))
-
-        run_lockstep(self.block, calls, states, self.linears, self._listener(len(calls)), on_complete, store)
+        heard = self._listener(len(calls))
+        run_lockstep(self.block, calls, states, self.linears, heard, lambda linear: self._prune_group(linear.group), store)
         self._prune_unreached()
 
     def in_two_passes(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
@@ -230,26 +214,20 @@ class _BlockWork:
                     call.run(self.block, state)
                 except _Heard:  # the rest of the dense pass has nothing to tell
                     pass
-        self.prune_all(self._inputs)
-        self._inputs = {}
+        self.prune_all()
         for i, (call, state) in enumerate(zip(calls, states)):
-            states[i] = _stored(call.run(self.block, state), store)
+            states[i] = call.run(self.block, state).to(store)
 
-    def prune_all(self, inputs: dict) -> None:
+    def prune_all(self) -> None:
         """Prunes every linear of the block, those without an input by magnitude."""
         if self.plan.group == "block":
-            self.fixed = _joint_masks(self.plan, self.linears, inputs, self.gradients)
+            self.fixed = _joint_masks(self.plan, self.linears, self._inputs, self.gradients)
         for group in self.groups:
-            if group in inputs:
-                self._prune_group(group, inputs[group])
+            if group in self._inputs:
+                self._prune_group(group)
             elif not self.plan.method.needs:
                 self._prune(self.groups[group], self.plan.method, None)
         self._prune_unreached()
-
-    def finish(self, masks: Masks) -> None:
-        """Hands over the masks."""
-        for name, mask in self.masks.items():
-            masks[name] = mask
 
     def reports(self) -> list[LinearReport]:
         return [self._reports[linear.name] for linear in self.linears]
@@ -264,7 +242,8 @@ class _BlockWork:
 
         return heard
 
-    def _prune_group(self, group, source: _Input) -> None:
+    def _prune_group(self, group) -> None:
+        source = self._inputs.pop(group)
         source.check()
         self._prune(self.groups[group], self.plan.method, source)
 
@@ -276,20 +255,17 @@ class _BlockWork:
 
     def _prune(self, linears: list[Linear], method: Method, source: _Input | None, note: str = "") -> None:
         plan = self.plan
-        weights = [linear.weight.float() for linear in linears]
-        results = method.prune(
-            weights,
-            [_statistics(method, linear, source, self.gradients) for linear in linears],
-            [plan.patterns[linear.name] for linear in linears],
-            plan.group if plan.group == "row" else "matrix",
-            [_mask_of(plan.kept, linear) for linear in linears],
-            [self.fixed.get(linear.name, _mask_of(plan.fixed, linear)) for linear in linears],
-        )
+        jobs = []
+        for linear in linears:
+            known = _statistics(method, linear, source, self.gradients)
+            fixed = self.fixed.get(linear.name, _mask_of(plan.fixed, linear))
+            jobs.append(Job(linear.weight.float(), known, plan.patterns[linear.name], _mask_of(plan.kept, linear), fixed))
+        results = method.prune(jobs, plan.group if plan.group == "row" else "matrix")
         sample = source.sample if source else None
-        for linear, weight, result in zip(linears, weights, results):
+        for linear, job, result in zip(linears, jobs, results):
             error = None
             if sample is not None:
-                before = sample @ weight.t()
+                before = sample @ job.weight.t()
                 error = _relative(before - sample @ result.weight.t(), before)
             plan.before_change(linear.parameter)
             linear.weight.copy_(result.weight)
@@ -298,13 +274,8 @@ class _BlockWork:
 
     def _remember(self, linear: Linear, mask: Tensor) -> None:
         name = linear.parameter_name
-        if linear.expert is None:
-            self.masks[name] = linear.matrix(mask)
-            return
-        if name not in self.masks:
-            old = self.plan.kept.get(name)
-            shape = linear.parameter.shape
-            self.masks[name] = torch.ones(shape, dtype=torch.bool) if old is None else old
+        if name not in self.masks:  # of fused experts one after the other
+            self.masks[name] = self.plan.kept.get(name, torch.ones(linear.parameter.shape, dtype=torch.bool))
         linear.matrix(self.masks[name]).copy_(mask)
 
     def _linear_report(self, linear: Linear, result, error: float | None, note: str) -> LinearReport:
@@ -325,18 +296,10 @@ class _Heard(Exception):
 
 
 def _statistics(method: Method, linear: Linear, source: _Input | None, gradients: dict[str, GradientNorm]) -> tuple:
-    known = []
-    for kind in method.needs:
-        if kind is GradientNorm:
-            known.append(_slice(gradients[linear.parameter_name], linear))
-        else:
-            known.append(source.statistics[kind])
-    return tuple(known)
-
-
-def _slice(norm: GradientNorm, linear: Linear) -> GradientNorm:
-    """The gradient norm of one linear, seen as (out, in)."""
-    return GradientNorm.of(linear.matrix(norm.sum), norm.order, norm.samples)
+    known = dict(source.statistics) if source else {}
+    if norm := gradients.get(linear.parameter_name):  # seen as (out, in)
+        known[GradientNorm] = GradientNorm.of(linear.matrix(norm.sum), norm.order, norm.samples)
+    return tuple(known[kind] for kind in method.needs)
 
 
 def _mask_of(masks: Masks, linear: Linear) -> Tensor | None:
@@ -350,13 +313,10 @@ def _joint_masks(plan: Plan, linears: list[Linear], inputs: dict, gradients=None
     scores, known = [], {}
     for linear in linears:
         source = inputs.get(linear.group)
-        method = plan.method if source or not plan.method.needs else None
-        if method is None:  # an unreached expert competes for itself
-            continue
-        kept = _mask_of(plan.kept, linear)
-        values = method.score(linear.weight.float(), *_statistics(method, linear, source, gradients or {}))
-        known[linear.name] = kept
-        scores.append(values if kept is None else values.masked_fill(~kept, -float("inf")))
+        if source or not plan.method.needs:  # an unreached expert competes for itself
+            kept = known[linear.name] = _mask_of(plan.kept, linear)
+            values = plan.method.score(linear.weight.float(), *_statistics(plan.method, linear, source, gradients or {}))
+            scores.append(forget(values, kept))
     if isinstance(pattern, NM):
         masks = [pattern.mask(values) for values in scores]
     else:

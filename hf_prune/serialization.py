@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from .atomic import readable
 from .compact import SIGN, as_ordinary
 from .config import CONFIG_FILE
 from .masks import FORMAT_VERSION, MASK_FILE, Masks, check_version
+from .patterns import one_of
 from .report import PruningReport
 
 
@@ -48,21 +51,15 @@ def is_replaced(name: str, variant: str | None = None) -> bool:
     return name == FOLDER or re.fullmatch(ours, name) is not None
 
 
+@dataclass(eq=False)
 class PruningState:
-    """What a pruned model carries on its instance: masks, the config as a dict, and the report, if it was made here.
+    """What a pruned model carries on its instance."""
 
-    `files` are the SHA-256 digests of the weight files that it was saved with, by name.
-    """
-
-    def __init__(
-        self,
-        masks: Masks,
-        config: dict[str, Any],
-        report: PruningReport | None = None,
-        files: dict[str, str] | None = None,
-    ):
-        self.masks, self.config, self.report, self.files = masks, config, report, files or {}
-        self.folder: Path | None = None  # where it was read
+    masks: Masks
+    config: dict[str, Any]
+    report: PruningReport | None = None  # if it was made here
+    files: dict[str, str] = field(default_factory=dict)  # name of a weight file that it was saved with -> SHA-256
+    folder: Path | None = None  # where it was read
 
     def summary(self) -> dict[str, Any]:
         """The short entry in config.json."""
@@ -104,17 +101,13 @@ class PruningState:
             if not (path / name).is_file():
                 raise ValueError(f"{folder} holds no masks: {path / MASK_FILE} and {CONFIG_FILE} are needed.")
             check_inside(path / name, Path(folder))
-        try:
+        with readable(path / CONFIG_FILE, "the config of a pruned model"):
             content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
             check_version(path / CONFIG_FILE, content["format_version"])
             config, report, files = dict(content["config"]), content.get("report"), dict(content.get("files", {}))
             report, digest = PruningReport.from_dict(report) if report else None, content["masks"]
             config["method"], config["pattern"]  # noqa: B018 - without them it is no config of ours
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / CONFIG_FILE} cannot be read as the config of a pruned model: {error!r}.") from error
-        state = cls(Masks.load(path, digest), config, report, files)
-        state.folder = Path(folder)
-        return state
+        return cls(Masks.load(path, digest), config, report, files, Path(folder))
 
     def check_files(self, folder: Path, variant: str | None = None) -> None:
         """Compares the weight files in `folder` with those that the masks were saved with.
@@ -155,8 +148,7 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     Raises:
         ValueError: damaged or foreign masks or weights; says which.
     """
-    if on_mismatch not in ON_MISMATCH:
-        raise ValueError(f"on_mismatch must be one of {', '.join(ON_MISMATCH)}, got {on_mismatch!r}.")
+    one_of("on_mismatch", on_mismatch, ON_MISMATCH)
     hub, folder = hub_arguments(kwargs), Path(name_or_path)
     if hub.pop("subfolder", ""):
         raise ValueError("hf_prune.load takes the folder of the model itself: leave out subfolder.")
@@ -174,8 +166,9 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
         except ValueError:
             if on_mismatch != "drop":
                 raise
-    if state:
-        _check_weights_named(config, state)
+    named = getattr(config, "transformers_weights", None)
+    if state and named not in (None, *state.files):
+        raise ValueError(f"config.json takes its weights from {named!r}, which the masks were not saved with.")
     checked = state is not None and on_mismatch == "error"
     if state and state.compact:
         loaded = _load_compact(name_or_path, state, hub, kwargs)
@@ -203,14 +196,6 @@ def remember_source(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     hub = hub_arguments(kwargs)
     _TOKENS[model] = hub.pop("token", None)
     model.__dict__[SOURCE] = hub
-
-
-def _check_weights_named(config: Any, state: PruningState) -> None:
-    name = getattr(config, "transformers_weights", None)
-    if name is not None and name not in state.files:
-        raise ValueError(
-            f"config.json takes its weights from {name!r}, which is not among those that the masks were saved with."
-        )
 
 
 def _load_compact(name_or_path: str | Path, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
@@ -270,6 +255,17 @@ def settle(
         logger.warning(f"pruned weights set to zero again: {problem}")
         state.masks.apply(model)
     model.__dict__[STATE] = state
+    return state
+
+
+def state_of(model: PreTrainedModel, who: str) -> PruningState:
+    """As `settle`.
+
+    Raises:
+        ValueError: the model was not pruned; says that `who` needs that.
+    """
+    if (state := settle(model)) is None:
+        raise ValueError(f"{who} needs a pruned model, and this one has no masks: call model.prune(...) first.")
     return state
 
 

@@ -14,12 +14,11 @@ class ActivationNorm:
     """Per input channel, the l2 norm of the activations over all calibration tokens: `norm` (in,), fp32.
 
     Wanda's code divides the sum of squares by the number of sequences (arXiv 2306.11695, section 3); `norm` does not:
-    a constant factor changes no comparison. `root_mean_square` is per token.
+    a constant factor changes no comparison.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.sum_of_squares = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self.tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Adds `x` (tokens, in), any float dtype."""
@@ -31,15 +30,10 @@ class ActivationNorm:
         else:
             sums = x.float().square()
         self.sum_of_squares += sums.sum(dim=0)
-        self.tokens += len(x)
 
     @property
     def norm(self) -> Tensor:
         return self.sum_of_squares.sqrt()
-
-    @property
-    def root_mean_square(self) -> Tensor:
-        return (self.sum_of_squares / max(self.tokens, 1)).sqrt()
 
     def is_finite(self) -> bool:
         return bool(self.sum_of_squares.isfinite().all())
@@ -54,7 +48,6 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
-        self.tokens = 0
 
     def update(self, x: Tensor) -> None:
         """Adds `x` (tokens, in), any float dtype."""
@@ -64,7 +57,6 @@ class Hessian:
         step = 96 if x.device.type == "cpu" else n
         for i in range(0, n, step):
             self.gram[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
-        self.tokens += len(x)
 
     def is_finite(self) -> bool:
         return bool(self.gram.diagonal().isfinite().all())

@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .callbacks import masks_of
+from .blocks import as_it_was
 from .distillation import Distillation
 from .masks import Masks
 from .perp import attach, masked_gradients
 from .pruning import check_model
 from .reconstruction import optimizer_of
+from .serialization import state_of
 from .undo import Undo
 
 
@@ -78,7 +79,7 @@ def sweep_learning_rate(
         ValueError: no masks, no data, or no rate with a finite loss. The model is bit for bit as it was, after any error.
     """
     check_model(model)
-    masks = masks_of(model, "sweep_learning_rate")
+    masks = state_of(model, "sweep_learning_rate").masks
     kinds = (train,) if isinstance(train, str) else tuple(train)
     centre = min((_CENTRES.get(kind, 5e-4) for kind in kinds), default=5e-4)
     rates = [float(f"{centre * 10 ** (i / 2):.2g}") for i in range(-2, 3)] if rates is None else sorted({*map(float, rates)})
@@ -94,7 +95,7 @@ def sweep_learning_rate(
     batches = [[rows[i] for i in order[step * batch_size :][:batch_size]] for step in range(steps)]
     how, losses = dict(train=train, rank=rank, alpha=alpha, seed=seed), {}
     half = any(p.dtype != torch.float32 for p in model.parameters())
-    with _as_it_was(model):
+    with as_it_was(model), torch.random.fork_rng(range(torch.cuda.device_count())):
         start = _loss(model, held, half)
         for rate in (bar := tqdm(rates, desc="learning rates", unit="rate")):
             bar.set_postfix_str(f"{rate:.3g}")
@@ -111,9 +112,7 @@ def sweep_learning_rate(
         side = "lowest" if best == rates[0] else "highest"
         logger.warning(f"the best learning rate {best:.3g} is the {side} of those tried: give rates beyond it.")
     if losses[best] >= start:
-        logger.warning(
-            f"no learning rate brought the held-out loss below {start:.4f}, where it began: give more steps or data."
-        )
+        logger.warning(f"no learning rate brought the held-out loss below {start:.4f}, its start: give more steps or data.")
     return LearningRateSweep(losses, best, start)
 
 
@@ -122,25 +121,18 @@ def _rows(model: PreTrainedModel, data: Sequence[Any], name: str) -> list[dict[s
     for i, row in enumerate(data):
         row = row if isinstance(row, Mapping) else {"input_ids": row}
         if "input_ids" not in row:
-            raise ValueError(
-                f"{name}[{i}] must be token ids or a dict with 'input_ids', got one with {', '.join(row) or 'nothing'}."
-            )
+            raise ValueError(f"{name}[{i}] must be token ids or a dict with 'input_ids', got {', '.join(row) or 'nothing'}.")
         ids = torch.as_tensor(row["input_ids"]).cpu()
         labels = ids if row.get("labels") is None else torch.as_tensor(row["labels"]).cpu()
         if ids.dim() != 1 or len(ids) < 2 or ids.is_floating_point() or labels.shape != ids.shape:
             raise ValueError(
-                f"{name}[{i}] must be one sequence of at least two token ids, with as many labels; got {ids.dtype} "
-                f"{tuple(ids.shape)} and labels {tuple(labels.shape)}."
+                f"{name}[{i}] must be one sequence of two or more ids, with labels alike: {ids.shape}, {labels.shape}."
             )
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ValueError(
-                f"{name}[{i}] has ids from {int(ids.min())} to {int(ids.max())}, the vocabulary ends at {vocabulary - 1}."
-            )
+            raise ValueError(f"{name}[{i}] has ids {int(ids.min())} to {int(ids.max())}, the vocabulary to {vocabulary - 1}.")
         rows.append({"input_ids": ids.long(), "labels": labels.long(), "attention_mask": torch.ones_like(ids)})
     if not any((row["labels"][1:] != -100).any() for row in rows):
-        raise ValueError(
-            f"{name} has {len(rows)} sequences and no token to predict: give at least one sequence that has labels."
-        )
+        raise ValueError(f"{name} has {len(rows)} sequences and no token to predict: give at least one that has labels.")
     return rows
 
 
@@ -187,33 +179,15 @@ def _train(model: nn.Module, parameters: list[nn.Parameter], batches: list[list[
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes, gradients and the random state are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            for parameter, _ in gradients:
-                parameter.grad = None
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-@contextmanager
 def _retrained(
     model: nn.Module, masks: Masks, how: dict[str, Any], upcast: bool, distillation: Distillation | None
 ) -> Iterator[list[nn.Parameter]]:
     """What is to be trained; whatever happens to it is undone."""
     own = list(model.parameters())
-    undo = Undo(own)
     attached = attach(model, masks, upcast=upcast, **how)
     with ExitStack() as undone:  # last in, first out
         undone.callback(attached.detach)
-        undone.callback(undo.close)
+        undo = undone.enter_context(Undo(own))
         undone.callback(undo.restore)
         for parameter in own:
             if parameter.requires_grad:

@@ -28,7 +28,7 @@ LEVELS = [
         "cli",
     },
 ]
-WITHIN_LEVEL = {("report", "evaluation"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("callbacks", "peft_adapters"), ("peft_adapters", "serialization"), ("sweep", "callbacks"), ("iterative", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("report", "evaluation"), ("masks", "atomic"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("callbacks", "peft_adapters"), ("peft_adapters", "serialization"), ("sweep", "serialization"), ("iterative", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):

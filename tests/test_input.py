@@ -34,7 +34,7 @@ def config(**changes):
         ({"method": "gblm", "method_options": {"alpha": "papers"}}, "paper"),
         ({"method": "gblm", "method_options": {"alpha": 100.0}}, "0 to 1 or 'paper'"),
         ({"method": "gblm", "method_options": {"norm": "l3"}}, "l1"),
-        ({"method": "gblm", "method_options": {"over": "words"}}, "'tokens', 'samples'"),
+        ({"method": "gblm", "method_options": {"over": "words"}}, "tokens, samples"),
         ({"method": "gblm", "method_options": {"over": "tokens", "alpha": "paper"}}, "leave out"),
     ],
 )

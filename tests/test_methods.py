@@ -6,6 +6,7 @@ import torch
 
 from hf_prune import GBLM, RIA, Magnitude, SparseGPT, Wanda
 from hf_prune.methods import REGISTRY
+from hf_prune.methods.base import Job
 from hf_prune.patterns import NM, Unstructured
 from hf_prune.statistics import ActivationNorm, GradientNorm, Hessian
 
@@ -32,7 +33,7 @@ def run(method, weight, x, pattern, gradients=(), group=None, kept=None, fixed=N
             for piece in x.split(300):
                 statistic.update(piece)
         known.append(statistic)
-    [result] = method.prune([weight], [tuple(known)], [pattern], group or method.comparison_group, [kept], [fixed])
+    [result] = method.prune([Job(weight, tuple(known), pattern, kept, fixed)], group or method.comparison_group)
     return result
 
 

@@ -11,6 +11,17 @@ from torch import Tensor
 from ..patterns import Pattern
 
 
+class Job(NamedTuple):
+    """One linear to prune: its `weight` (out, in) fp32, not to be changed; what `needs` lists, shared by the linears of one input;
+    `kept`, a mask (out, in) of an earlier pruning, whose zeros stay; `fixed`, a mask to use as it is."""
+
+    weight: Tensor
+    statistics: tuple
+    pattern: Pattern
+    kept: Tensor | None = None
+    fixed: Tensor | None = None
+
+
 class Pruned(NamedTuple):
     """The outcome for one linear: new `weight` (out, in) fp32, zero where `mask` (out, in) bool is False; a solver's damping."""
 
@@ -36,36 +47,15 @@ class Method:
         """One score per weight, the lowest go first: fp32 (out, in) from `weight` fp32 (out, in) and what `needs` lists."""
         raise NotImplementedError
 
-    def prune(
-        self,
-        weights: Sequence[Tensor],
-        statistics: Sequence[tuple],
-        patterns: Sequence[Pattern],
-        group: str,
-        kept: Sequence[Tensor | None],
-        fixed: Sequence[Tensor | None],
-    ) -> list[Pruned]:
-        """Prunes the linears that read one input.
-
-        Args:
-            weights: fp32 (out, in) each; not changed.
-            statistics: for each weight, what `needs` lists; the linears of one input share its statistics.
-            patterns: one per weight.
-            group: comparison group, "row" or "matrix".
-            kept: per weight a mask (out, in) of an earlier pruning, whose zeros stay, or None.
-            fixed: per weight a mask to use as it is, or None.
-        """
+    def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
+        """Prunes the linears that read one input; scores compete within each "row" or the "matrix" (`group`)."""
         results = []
-        for weight, known, pattern, old, mask in zip(weights, statistics, patterns, kept, fixed):
+        for weight, known, pattern, old, mask in jobs:
             if mask is None:
                 mask = pattern.mask(forget(self.score(weight, *known), old), group)
                 mask = mask if old is None else mask & old
             results.append(Pruned((weight * mask).add_(0.0), mask))  # twice as fast as masked_fill; -0.0 + 0.0 is +0.0
         return results
-
-    def options(self) -> dict[str, Any]:
-        """The fields and their values."""
-        return dataclasses.asdict(self)
 
 
 def forget(scores: Tensor, kept: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..patterns import one_of
 from ..statistics import ActivationNorm, GradientNorm
 from .base import Method, register
 
@@ -50,14 +51,11 @@ class GBLM(Method):
     def __post_init__(self):
         if self.alpha != "paper" and not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha <= 1):
             raise ValueError(f"alpha of gblm must be a number from 0 to 1 or 'paper', got {self.alpha!r}.")
-        if self.norm not in ("l1", "l2"):
-            raise ValueError(f"norm of gblm must be 'l1' or 'l2', got {self.norm!r}.")
-        if self.over not in (None, "tokens", "samples"):
-            raise ValueError(f"over of gblm must be 'tokens', 'samples' or None, got {self.over!r}.")
+        one_of("norm of gblm", self.norm, ("l1", "l2"))
+        one_of("over of gblm", self.over, (None, "tokens", "samples"))
         if self.alpha == "paper" and self.over == "tokens":
             raise ValueError("alpha='paper' of gblm weighs gradients of samples: leave out over='tokens'.")
-        if self.scope not in ("model", "block"):
-            raise ValueError(f"scope of gblm must be 'model' or 'block', got {self.scope!r}.")
+        one_of("scope of gblm", self.scope, ("model", "block"))
         if self.gradient_samples is not None and self.gradient_samples < 1:
             raise ValueError(f"gradient_samples of gblm must be at least 1, got {self.gradient_samples!r}.")
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patterns import NM, Pattern, lowest
+from ..patterns import NM, lowest
 from ..statistics import Hessian
-from .base import Method, Pruned, register
+from .base import Job, Method, Pruned, register
 
 
 _TILE = 8  # columns that take one another's changes before the rest of the slab does
@@ -48,28 +48,19 @@ class SparseGPT(Method):
         if not self.damping >= 0:
             raise ValueError(f"damping of sparsegpt must be at least 0, got {self.damping!r}.")
 
-    def prune(
-        self,
-        weights: Sequence[Tensor],
-        statistics: Sequence[tuple[Hessian]],
-        patterns: Sequence[Pattern],
-        group: str,
-        kept: Sequence[Tensor | None],
-        fixed: Sequence[Tensor | None],
-    ) -> list[Pruned]:
+    def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
         """As `Method.prune`; the rows of all weights go through one solve, because they share their Hessian."""
-        feedback, curvature, damping = statistics[0][0].factor(self.damping)
+        feedback, curvature, damping = jobs[0].statistics[0].factor(self.damping)
         results: dict[int, Pruned] = {}
-        for key in dict.fromkeys((p, mask is None) for p, mask in zip(patterns, fixed)):
-            members = [i for i, p in enumerate(patterns) if key == (p, fixed[i] is None)]
-            columns = torch.cat([weights[i].t() for i in members], dim=1)  # (in, rows), W^T
-            choice = _Choice(
-                key[0], group, [weights[i] for i in members], [kept[i] for i in members], [fixed[i] for i in members]
-            )
+        keys = [(job.pattern, job.fixed is None) for job in jobs]
+        for key in dict.fromkeys(keys):
+            members = [i for i, known in enumerate(keys) if known == key]
+            columns = torch.cat([jobs[i].weight.t() for i in members], dim=1)  # (in, rows), W^T
+            choice = _Choice([jobs[i] for i in members], group)
             self._solve(columns, feedback, curvature, choice)
             for i, weight, gone in zip(members, columns.split(choice.sizes, 1), choice.gone.split(choice.sizes, 1)):
                 results[i] = Pruned(weight.t().contiguous(), gone.t().contiguous().logical_not_(), damping)
-        return [results[i] for i in range(len(weights))]
+        return [results[i] for i in range(len(jobs))]
 
     def _solve(self, w: Tensor, feedback: Tensor, curvature: Tensor, choice: _Choice) -> None:
         """Turns W^T `w` (in, rows) into the new one, in place; what is pruned is in `choice.gone`."""
@@ -120,20 +111,17 @@ class SparseGPT(Method):
 class _Choice:
     """Chooses what goes while the columns are solved, for linears of one pattern, side by side in the rows of W^T."""
 
-    def __init__(self, pattern: Pattern, group: str, weights: list[Tensor], kept: list, fixed: list):
-        self.pattern, self.by_row = pattern, group == "row"
-        self.sizes = [len(weight) for weight in weights]
-        self.fixed = fixed[0] is not None
+    def __init__(self, jobs: list[Job], group: str):
+        self.pattern, self.by_row = jobs[0].pattern, group == "row"
+        self.sizes = [len(job.weight) for job in jobs]
+        self.fixed = jobs[0].fixed is not None
         self.dropped = None
-        if any(mask is not None for mask in kept):
-            every = [torch.ones_like(w, dtype=torch.bool) if mask is None else mask for w, mask in zip(weights, kept)]
+        every = [torch.ones_like(job.weight, dtype=torch.bool) if job.kept is None else job.kept for job in jobs]
+        if any(job.kept is not None for job in jobs):
             self.dropped = ~torch.cat([mask.t() for mask in every], dim=1)
-        first = weights[0]
-        if self.fixed:
-            self.gone = ~torch.cat([mask.t() for mask in fixed], dim=1)
-        else:
-            self.gone = torch.empty(first.shape[1], sum(self.sizes), dtype=torch.bool, device=first.device)
-        self._counted = [0] * len(weights)  # pruned so far, per row or over the matrix
+        masks = [job.fixed for job in jobs] if self.fixed else every  # which are overwritten
+        self.gone = ~torch.cat([mask.t() for mask in masks], dim=1)
+        self._counted = [0] * len(jobs)  # pruned so far, per row or over the matrix
 
     @property
     def columns(self) -> int:
