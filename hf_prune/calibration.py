@@ -53,7 +53,7 @@ def calibration_sequences(
         source = _named(source, seed)
     elif isinstance(source, Path):
         source = _read_file(source)
-    elif isinstance(source, Mapping):  # columns
+    if isinstance(source, Mapping):  # columns
         source = next((source[key] for key in _TEXTS if isinstance(source.get(key), (list, tuple))), source)
     if isinstance(source, Tensor) and source.dim() == 1:
         source = source[None]
@@ -134,7 +134,7 @@ def _is_ids(item: Any) -> bool:
     if isinstance(item, Mapping) or hasattr(item, "input_ids"):
         return "input_ids" in item
     if isinstance(item, (list, tuple)):
-        return bool(item) and isinstance(item[0], int)
+        return bool(item) and isinstance(item[0], (int, Tensor))
     return isinstance(item, Tensor)
 
 
@@ -144,6 +144,11 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
         if not isinstance(item, (Tensor, list, tuple)):
             mask = item.get("attention_mask")
             item = item["input_ids"]
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # of a TensorDataset: (inputs, targets)
+            item = item[0]
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], (list, tuple)):  # of unequal length
+            yield from (torch.tensor(row) for row in item if row)
+            continue
         ids = torch.as_tensor(item).cpu()
         if ids.is_floating_point() or ids.dim() not in (1, 2):
             raise ValueError(f"token ids must be whole numbers, (length,) or (n, length), got {tuple(ids.shape)} {ids.dtype}.")

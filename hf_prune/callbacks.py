@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ class KeepMasksCallback(TrainerCallback):
             zero_pruned_(parameter, bits)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._release()
+
+    def _release(self) -> None:
         for *_, hook in self._held:
             hook.remove()
         self._held = []
@@ -90,6 +94,7 @@ class PERPCallback(KeepMasksCallback):
         self._how = {"train": train, "rank": rank, "alpha": alpha, "seed": seed}
         self._distillation = distillation
         self._attached: Attached | None = None
+        self._listening: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_init_end(args, state, control)
@@ -129,25 +134,33 @@ class PERPCallback(KeepMasksCallback):
             for parameter in self._attached.trainable.values():
                 parameter.grad = None
             control.should_training_stop = True
-            logger.error(f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops a step before.")
+            logger.error(f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops, as the step before left it.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._distillation and not self._distillation.used:
+            raise ValueError(
+                "the model was given no labels, so that distillation had no loss to be added to: leave out label_smoothing_factor "
+                "and compute_loss_func."
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_end(args, state, control)
-        if self._distillation:
-            self._listening.remove()
         self.merge()
 
     def merge(self) -> None:
         """Ends an interrupted training with what was learned so far: an ordinary pruned model."""
-        if self._attached:
-            self._attached.merge()
-            self._attached = None
+        self._end(Attached.merge)
 
     def detach(self) -> None:
         """Gives the model back without the adapters."""
-        if self._attached:
-            self._attached.detach()
-            self._attached = None
+        self._end(Attached.detach)
+
+    def _end(self, how: Callable[[Attached], None]) -> None:
+        self._release()
+        if self._listening:
+            self._listening.remove()
+        attached, self._attached = self._attached, None
+        if attached:
+            how(attached)
 
 
 _WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters

@@ -51,6 +51,7 @@ class Distillation:
         self.top_k = 64 if top_k is None and cache is not None else top_k
         self.cache = None if cache is None else Path(cache)
         self._folder: Path | None = None
+        self.used = False  # in a loss
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         labels = kwargs.get("labels")
@@ -73,6 +74,7 @@ class Distillation:
                 known, function = self._top(inputs, labels, student.shape), _TopDivergence
         rows = (values.flatten(0, 1) for values in (student, *(values.to(student.device) for values in known)))
         divergence = function.apply(*rows, wanted, self.temperature) / count
+        self.used = True
         output["loss"] = (1 - self.weight) * output["loss"] + self.weight * self.temperature**2 * divergence
         return output
 

@@ -83,7 +83,7 @@ def perplexity(
         add_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     elif add_bos and bos is None:
         raise ValueError("add_bos=True needs a tokenizer that has a BOS token.")
-    ids = _ids(tokenizer, text, bos if add_bos else None)
+    ids = _ids(tokenizer, text, bos)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         raise ValueError(f"token ids run from {int(ids.min())} to {int(ids.max())}, the vocabulary to {vocabulary - 1}.")

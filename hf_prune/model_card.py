@@ -275,13 +275,16 @@ _PLAIN = "`AutoModelForCausalLM.from_pretrained` loads it as well, also without 
 
 
 def _again(report: PruningReport) -> str:
+    config = dict(report.config)
+    how = config.pop("reconstruct", None)
     shown = {
         key: value
-        for key, value in report.config.items()
+        for key, value in config.items()
         if value not in (None, [], {}, ["*"]) and (key != "sparsity" or report.config["pattern"] == "unstructured")
     }
     arguments = "\n".join(f"    {key}={value!r}," for key, value in shown.items())
     data = f"calibration={report.calibration or 'your texts'!r}, tokenizer=tokenizer" if report.tokens else ""
+    data += ", reconstruct=hf_prune.Reconstruction(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")" if how else ""
     name = report.base_model or "the dense model"
     return f"""```python
 import hf_prune

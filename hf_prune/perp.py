@@ -239,8 +239,8 @@ def attach(
         ValueError: unknown names, two kinds of adapters, or a name for which this model has nothing to train. The model is as
             it was.
     """
-    train = (train,) if isinstance(train, str) else tuple(train)
-    adapters = _check(train, rank)
+    train = check_kinds(train, rank)
+    adapters = [kind for kind in train if kind in ADAPTERS]
     if any("perp" in module.__dict__ for module in model.modules()):
         raise ValueError("the model has adapters of an unfinished training: call merge() or detach() of its callback first.")
     owners = masks.parameters_of(model)
@@ -287,7 +287,13 @@ _WAYS_OUT = {
 }
 
 
-def _check(train: tuple[str, ...], rank: int) -> list[str]:
+def check_kinds(train: tuple[str, ...] | str, rank: int) -> tuple[str, ...]:
+    """The names in `train`.
+
+    Raises:
+        ValueError: unknown ones, or such as do not go together.
+    """
+    train = (train,) if isinstance(train, str) else tuple(train)
     if not train or (unknown := [kind for kind in train if kind not in KINDS]):
         given = repr(unknown[0]) if train else "nothing"
         raise ValueError(f"train must name some of {', '.join(KINDS)}; got {given}.")
@@ -296,7 +302,7 @@ def _check(train: tuple[str, ...], rank: int) -> list[str]:
         raise ValueError(f"train={train}: one adapter at a time, and 'full' only alone.")
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}.")
-    return adapters
+    return train
 
 
 def _biases(model: nn.Module) -> list[nn.Parameter]:

@@ -225,7 +225,7 @@ def _check_patterns(
                 f"{linear.in_features}. Leave it out with exclude=['*.{linear.name.split('.')[-1]}'] or use "
                 "pattern='unstructured'."
             )
-        if linear.parameter_name in old:
+        if linear.parameter_name in old and config.comparison_group in ("row", "matrix") and not fixed:
             gone = 1 - float(linear.matrix(old[linear.parameter_name]).float().mean())
             if gone > pattern.sparsity + 1e-3:
                 raise ValueError(
@@ -233,6 +233,8 @@ def _check_patterns(
                     "Pruned weights do not come back: load the dense model, or ask for more."
                 )
     if fixed:
+        if config.comparison_group in ("block", "model"):
+            raise ValueError(f"masks= leaves nothing to compare within a {config.comparison_group}: take comparison_group='row'.")
         known = {linear.parameter_name: linear for linear in linears}
         for name in fixed:
             if name not in known or fixed.shape(name) != tuple(known[name].parameter.shape):

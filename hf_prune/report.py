@@ -1,4 +1,4 @@
-"""What a pruning did, linear by linear, as a value: printed as a table, or turned into a dict."""
+"""What a pruning did, linear by linear, as a value: printed as a table, or turned into a dict or Markdown."""
 
 from __future__ import annotations
 
@@ -151,6 +151,11 @@ class PruningReport:
              number(_mean([x.error for x in b.linears]), 3), number(b.error, 3), f"{b.seconds:.2f}")
             for b in self.blocks
         ]  # fmt: skip
+
+    def to_markdown(self) -> str:
+        """Summary and a table of the blocks."""
+        rows = [_COLUMNS, ("---",) * len(_COLUMNS), *self._rows()]
+        return "\n".join([*(f"- {line}" for line in self._summary()), "", *(f"| {' | '.join(row)} |" for row in rows)])
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *self._rows()]

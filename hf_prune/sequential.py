@@ -309,7 +309,6 @@ def _mask_of(masks: Masks, linear: Linear) -> Tensor | None:
 
 def _joint_masks(plan: Plan, linears: list[Linear], inputs: dict, gradients=None) -> dict[str, Tensor]:
     """Masks of linears whose scores compete with one another, for the comparison groups "block" and "model"."""
-    pattern = plan.patterns[linears[0].name]
     scores, known = [], {}
     for linear in linears:
         source = inputs.get(linear.group)
@@ -317,10 +316,11 @@ def _joint_masks(plan: Plan, linears: list[Linear], inputs: dict, gradients=None
             kept = known[linear.name] = _mask_of(plan.kept, linear)
             values = plan.method.score(linear.weight.float(), *_statistics(plan.method, linear, source, gradients or {}))
             scores.append(forget(values, kept))
+    pattern = plan.patterns[linears[0].name] if linears else None  # one for all
     if isinstance(pattern, NM):
         masks = [pattern.mask(values) for values in scores]
     else:
-        masks = [~gone for gone in lowest_of_all(scores, pattern.count(sum(s.numel() for s in scores)))]
+        masks = [~gone for gone in lowest_of_all(scores, pattern.count(sum(s.numel() for s in scores)))] if scores else []
     return {name: mask if kept is None else mask & kept for (name, kept), mask in zip(known.items(), masks)}
 
 

@@ -326,3 +326,14 @@ def test_install_is_idempotent():
     before = PreTrainedModel.save_pretrained
     hf_prune.install()
     assert PreTrainedModel.save_pretrained is before
+
+
+@pytest.mark.parametrize("group", ["block", "model"])
+def test_wide_groups_go_on_and_leave_out(group, llama):
+    config = PruningConfig("magnitude", comparison_group=group, exclude=["*.layers.0.*"])
+    llama.prune(config)
+    before = llama.pruning_masks.digest()
+    llama.prune(config)
+    assert llama.pruning_masks.digest() == before and not any(".layers.0." in name for name in llama.pruning_masks)
+    with pytest.raises(ValueError, match="comparison_group='row'"):
+        llama.prune(config, masks=llama.pruning_masks)

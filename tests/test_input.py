@@ -321,6 +321,19 @@ class TestCalibration:
         found = calibration_sequences(loader, n_samples=2)
         assert [f.tolist() for f in found] == [[5, 6, 7], [8, 9, 10, 11, 12]]
 
+    def test_rows_of_other_libraries(self, tmp_path):
+        data = torch.utils.data
+        ids = ids_for(4, 12)
+        for rows in (data.TensorDataset(ids), data.TensorDataset(ids, ids.clone())):
+            found = calibration_sequences(data.DataLoader(rows, batch_size=2), n_samples=4)
+            assert torch.equal(torch.stack(found), ids)
+        ragged = {"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 1]]}  # tokenizer(texts)
+        assert [f.tolist() for f in calibration_sequences(ragged, n_samples=2)] == [[5, 6, 7], [8, 9]]
+
+    def test_columns_in_a_file(self, tokenizer, tmp_path):
+        (tmp_path / "a.json").write_text(json.dumps({"text": self.texts}))
+        assert len(calibration_sequences(tmp_path / "a.json", tokenizer, n_samples=8, sequence_length=50)) == 8
+
     def test_padding_does_not_count(self, llama):
         ids = ids_for(6, 12)
         padded = [

@@ -458,3 +458,44 @@ def test_reconstruct_what_is_pruned(family):
         hf_prune.reconstruct(model, model, ids_for(12), n_samples=12, sequence_length=24)
     with pytest.raises(ValueError, match="at least two batches"):
         hf_prune.reconstruct(model, dense, ids_for(2), n_samples=2, sequence_length=24)
+
+
+def test_an_interrupted_training_leaves_no_hooks(tmp_path):
+    model = pruned()
+    callback = PERPCallback(distillation=Distillation(make("llama", seed=1)))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[callback])
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    callback.on_step_end = stop
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    callback.merge()
+    assert not model._forward_hooks and not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert holds(model, model.pruning_masks)
+
+
+def test_distillation_that_is_not_heard(tmp_path):
+    callback = PERPCallback(distillation=Distillation(make("llama", seed=1)))
+    with pytest.raises(ValueError, match="label_smoothing"):
+        train(pruned(), tmp_path, callback, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "head", "mask-lora"])
+def test_reconstruction_takes_what_a_block_has(kind):
+    with pytest.raises(ValueError, match=kind):
+        Reconstruction(train=kind)
+
+
+def test_reconstruction_rates():
+    assert Reconstruction().rate(576) == Reconstruction(train=("full",)).rate(64) == pytest.approx(4e-3, rel=0.01)
+    assert Reconstruction().rate(4096) == pytest.approx(2.3 / 4096) and Reconstruction(learning_rate=1e-5).rate(64) == 1e-5
+
+
+def test_card_says_how_it_was_reconstructed(tmp_path):
+    model = make("llama")
+    model.prune(PruningConfig(pattern="2:4", n_samples=6, sequence_length=24), ids_for(), reconstruct=Reconstruction(epochs=1))
+    model.save_pretrained(tmp_path)
+    code = (tmp_path / "README.md").read_text().split("Make it again")[1]
+    assert "reconstruct=hf_prune.Reconstruction(train='full'" in code and "reconstruct={" not in code

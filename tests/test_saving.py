@@ -173,6 +173,8 @@ class TestPerplexity:
         text = " ".join(str(i) for i in ids_for(1, 78)[0].tolist())
         with_bos = perplexity(llama, tokenizer, text, sequence_length=40, add_bos=True)
         assert with_bos.tokens == 78 and with_bos.bos and with_bos.windows == 2
+        bare = [perplexity(llama, tokenizer, words, sequence_length=39, add_bos=False) for words in (text, f"<s> {text}")]
+        assert bare[0] == bare[1]
         assert not perplexity(llama, tokenizer, text, sequence_length=40).bos  # this tokenizer adds none itself
 
     def test_refuses(self, llama, tokenizer):
