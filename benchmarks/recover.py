@@ -32,10 +32,10 @@ PRUNED = ("magnitude,50%", "wanda,2:4", "sparsegpt,2:4")
 WAYS = {
     "before": {},
     "norm": {"train": ("norm",), "rate": 3e-3},
-    "mask_lora": {"train": ("mask_lora", "norm"), "rate": 1e-3},
-    "full": {"train": ("full",), "rate": 1e-4},
+    "mask_lora": {"train": ("mask_lora", "norm"), "rate": 2e-3},
+    "full": {"train": ("full",), "rate": 3e-4},
     "reconstruction": {"reconstruct": True},
-    "reconstruction+mask_lora": {"reconstruct": True, "train": ("mask_lora", "norm"), "rate": 5e-4, "distil": True},
+    "reconstruction+mask_lora": {"reconstruct": True, "train": ("mask_lora", "norm"), "rate": 2e-3, "distil": True},
 }
 
 
@@ -71,12 +71,12 @@ def row_of(args: argparse.Namespace, pruned: str, way: str) -> dict:
         result["reconstructed"] = hf_prune.perplexity(model, None, ids["evaluation"]).perplexity
         started += time.perf_counter() - started - result["reconstruction_seconds"]
     if how.get("train"):
-        distillation = hf_prune.Distillation(fresh(), weight=args.weight) if how.get("distil") else None
+        distillation = hf_prune.Distillation(fresh().to(torch.bfloat16), weight=args.weight) if how.get("distil") else None
         callback = hf_prune.PERPCallback(how["train"], distillation=distillation)
         rows = [{"input_ids": row, "labels": row} for row in train]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
-                folder, max_steps=args.steps, per_device_train_batch_size=2, learning_rate=args.rate or how["rate"],
+                folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.rate or how["rate"],
                 warmup_steps=args.steps // 10, weight_decay=0.0, bf16=True, max_grad_norm=1.0, save_strategy="no", report_to=[],
                 logging_steps=20, use_cpu=True, seed=args.seed,
             )  # fmt: skip
@@ -98,6 +98,7 @@ def main():
     parser.add_argument("--ids", required=True)
     parser.add_argument("--rows", nargs="*", default=[f"{pruned},{way}" for pruned in PRUNED for way in WAYS])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=2, help="sequences of 512 tokens a step of the retraining")
     parser.add_argument("--rate", type=float, help="of the retraining; default by what is trained")
     parser.add_argument("--block-rate", type=float, help="of the reconstruction")
     parser.add_argument("--sequences", type=int, default=128, help="that the reconstruction uses")

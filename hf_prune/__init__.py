@@ -22,7 +22,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
-    "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
+    "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_iteratively", "prune_model", "reconstruct", "register",
     "sweep_learning_rate",
 ]  # fmt: skip
@@ -35,4 +35,8 @@ def __getattr__(name: str):
         from . import callbacks
 
         return getattr(callbacks, name)
+    if name == "EfficientLLMCallback":
+        from .pretraining import EfficientLLMCallback
+
+        return EfficientLLMCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

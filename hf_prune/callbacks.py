@@ -134,7 +134,9 @@ class PERPCallback(KeepMasksCallback):
             for parameter in self._attached.trainable.values():
                 parameter.grad = None
             control.should_training_stop = True
-            logger.error(f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops, as the step before left it.")
+            logger.error(
+                f"step {state.global_step + 1}: the gradient of {wrong} is not finite. Training stops, as the step before left it."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._distillation and not self._distillation.used:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .methods import Method, make
 from .methods.base import REGISTRY
-from .patterns import COMPARISON_GROUPS, NM, Pattern, one_of, parse
+from .patterns import COMPARISON_GROUPS, Pattern, Structured, Unstructured, one_of, parse
 
 
 logger = logging.get_logger(__name__)
@@ -39,6 +39,7 @@ class PruningConfig:
         sequence_length: tokens of each; None is the model's number of positions, but at most 2048.
         sampling: "packed" joins documents; "paper" takes a random window of one document that is long enough.
         seed: of everything that is random.
+        parameters: with method "taylor", instead of a pattern: those of the blocks that are left, a share or a number.
 
     Raises:
         ValueError, TypeError: a value that is not allowed, in the constructor.
@@ -57,6 +58,7 @@ class PruningConfig:
     sequence_length: int | None = None
     sampling: str = "packed"
     seed: int = 0
+    parameters: float | int | None = None
 
     def __post_init__(self):
         if isinstance(self.method, Method):
@@ -67,7 +69,16 @@ class PruningConfig:
         else:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
         self.method_options = dataclasses.asdict(self.method)
+        if self.parameters is not None:
+            if self.pattern != "unstructured":
+                raise ValueError(f"give either parameters={self.parameters} or pattern={self.pattern!r}.")
+            self.pattern = Structured(parameters=self.parameters)
         self.pattern = parse(self.pattern, self.sparsity)
+        if isinstance(self.pattern, Structured) != self.method.structural:
+            raise ValueError(
+                f"method '{self.method.name}' cannot give pattern '{self.pattern}': whole groups ('heads:0.25,ffn:0.25' or "
+                "parameters=0.8) go with method='taylor', and it with them."
+            )
         if self.sparsity not in (0.5, self.pattern.sparsity):
             logger.warning(f"sparsity={self.sparsity} is not used: pattern '{self.pattern}' means {self.pattern.sparsity:g}.")
         self.sparsity = self.pattern.sparsity
@@ -82,6 +93,12 @@ class PruningConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.method.structural and (self.include != ["*"] or self.exclude or self.overrides):
+            raise ValueError(
+                f"pattern '{self.pattern}' is the same for every block: include, exclude and overrides are for weights."
+            )
+        if any(isinstance(pattern, Structured) for pattern in self.overrides.values()):
+            raise ValueError("overrides are patterns of weights; whole groups go from every block alike.")
         self.comparison_group = self.comparison_group or self.method.comparison_group
         self.propagate = self.propagate or self.method.propagate
         if self.comparison_group == "block" and self.propagate == "linear":
@@ -126,7 +143,8 @@ class PruningConfig:
         """Plain values, for JSON; `from_dict` reads them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["method"] = self.method.name
-        values["pattern"] = str(self.pattern) if isinstance(self.pattern, NM) else "unstructured"
+        values["pattern"] = "unstructured" if isinstance(self.pattern, Unstructured) else str(self.pattern)
+        del values["parameters"]  # the pattern says it
         values["overrides"] = {glob: str(pattern) for glob, pattern in self.overrides.items()}
         return values
 

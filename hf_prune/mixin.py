@@ -25,6 +25,7 @@ from .pruning import check_model, check_weights, is_dequantized, prune_model, se
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
 from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle, state_of
+from .shrinking import shrink_model
 from .undo import Undo
 
 
@@ -73,6 +74,15 @@ class PruningMixin:
         check_model(self)
         state = settle(self)
 
+        if config.method.structural:
+            extra = {"masks": masks, "resume_dir": resume_dir, "reconstruct": reconstruct, "store": store}
+            if state or any(extra.values()):
+                given = "a model with masks" if state else " and ".join(name for name, value in extra.items() if value)
+                raise ValueError(f"{given}: not with '{config.pattern}'. Take whole groups out first, then prune what is left.")
+            report = shrink_model(self, config, calibration, tokenizer)
+            _forget_quantization(self)
+            return report
+
         def keep(masks: Masks, report: PruningReport) -> None:
             if state and state.report:
                 report.base_model = state.report.base_model
@@ -91,10 +101,7 @@ class PruningMixin:
             reconstruct=reconstruct,
             keep=keep,
         )
-        if is_dequantized(self):  # plain weights by now, but transformers would refuse to save them
-            self.hf_quantizer = None
-            self.is_quantized = False
-            del self.config.quantization_config
+        _forget_quantization(self)
         return report
 
     @property
@@ -112,6 +119,13 @@ class PruningMixin:
         """The report of the last `prune`; it is saved with the model."""
         state = settle(self)
         return state.report if state else None
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    if is_dequantized(model):  # plain weights by now, but transformers would refuse to save them
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
 
 
 def reconstruct(

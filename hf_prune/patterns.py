@@ -127,7 +127,29 @@ def _pairs(m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor
     return tuple(t.to(device) for t in (first, second, loses_to_later - loses_to_earlier, start))
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True)
+class Structured:
+    """Whole groups go for good: `shares` of each kind, or of all kinds so many that `parameters` of the blocks' are left."""
+
+    shares: tuple[tuple[str, float], ...] = ()
+    parameters: float | int | None = None
+
+    sparsity = 0.0  # it leaves no zeros
+
+    def __post_init__(self):
+        if bool(self.shares) == (self.parameters is not None):
+            raise ValueError("give either shares, as in 'heads:0.25,ffn:0.25', or parameters=0.8.")
+        for kind, share in self.shares:
+            if not 0 < share < 1:
+                raise ValueError(f"a share must be in (0, 1), got {share} of {kind}.")
+        if self.parameters is not None and not self.parameters > 0:
+            raise ValueError(f"parameters must be a share in (0, 1) or a number of parameters, got {self.parameters!r}.")
+
+    def __str__(self) -> str:
+        return ",".join(f"{kind}:{share:g}" for kind, share in self.shares) or f"parameters:{self.parameters:g}"
+
+
+Pattern = Unstructured | NM | Structured
 
 
 def parse(pattern: str | float | Pattern, sparsity: float = 0.5) -> Pattern:
@@ -136,7 +158,7 @@ def parse(pattern: str | float | Pattern, sparsity: float = 0.5) -> Pattern:
     Raises:
         ValueError: neither of these, or out of range.
     """
-    if isinstance(pattern, (Unstructured, NM)):
+    if isinstance(pattern, Pattern):
         return pattern
     if isinstance(pattern, (int, float)) and not isinstance(pattern, bool):
         return Unstructured(float(pattern))
@@ -144,13 +166,18 @@ def parse(pattern: str | float | Pattern, sparsity: float = 0.5) -> Pattern:
         words = pattern.strip().lower()
         if words == "unstructured":
             return Unstructured(sparsity)
+        if match := re.fullmatch(r"parameters:([\d.]+)", words):
+            return Structured(parameters=float(match[1]))
+        if re.fullmatch(r"(heads|ffn|hidden):[\d.]+(,\s*(heads|ffn|hidden):[\d.]+)*", words):
+            parts = (part.strip().split(":") for part in words.split(","))
+            return Structured(tuple((kind, float(share)) for kind, share in parts))
         if match := re.fullmatch(r"(\d+):(\d+)", words):
             return NM(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"(?:unstructured:)?(\d*\.?\d+)(%?)", words):
             return Unstructured(float(match[1]) / (100 if match[2] else 1))
     raise ValueError(
         f"pattern {pattern!r} is not known. Allowed: 'unstructured' with sparsity=0.5, 'unstructured:0.6', "
-        "or 'N:M' that keeps N of every M weights, such as '2:4'."
+        "'N:M' that keeps N of every M weights, such as '2:4', or 'heads:0.25,ffn:0.25' for whole groups."
     )
 
 

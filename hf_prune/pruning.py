@@ -60,7 +60,7 @@ def prune_model(
     started = time.perf_counter()
     check_model(model)
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
-    peak = _count_peak(model)
+    peak = count_peak(model)
     with as_it_was(model):
         check_weights(model)
         decoder = Decoder(model)
@@ -143,9 +143,9 @@ def prune_model(
                 gradient_seconds=gradient_seconds,
                 peak_memory=peak(),
                 skipped=skipped,
-                base_model=_base_of(model),
-                calibration=_described(calibration) if sequences else "",
-                versions={name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")},
+                base_model=base_of(model),
+                calibration=described(calibration) if sequences else "",
+                versions=versions(),
             )
             if keep is not None:
                 keep(masks, report)
@@ -234,7 +234,9 @@ def _check_patterns(
                 )
     if fixed:
         if config.comparison_group in ("block", "model"):
-            raise ValueError(f"masks= leaves nothing to compare within a {config.comparison_group}: take comparison_group='row'.")
+            raise ValueError(
+                f"masks= leaves nothing to compare within a {config.comparison_group}: take comparison_group='row'."
+            )
         known = {linear.parameter_name: linear for linear in linears}
         for name in fixed:
             if name not in known or fixed.shape(name) != tuple(known[name].parameter.shape):
@@ -263,13 +265,18 @@ def sequences_for(model: PreTrainedModel, config: PruningConfig, calibration: An
     )
 
 
-def _base_of(model: PreTrainedModel) -> str | None:
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")}
+
+
+def base_of(model: PreTrainedModel) -> str | None:
     """The Hub name that a model was loaded from, or the name of its folder."""
     name = getattr(model.config, "_name_or_path", None) or None
     return Path(name).name if name and Path(name).is_dir() else name
 
 
-def _described(calibration: Any) -> str:
+def described(calibration: Any) -> str:
     """The data's name, if it has one: a file's without its folder, a Hub data set's."""
     if isinstance(calibration, (str, Path)):
         return Path(calibration).name if Path(calibration).exists() else str(calibration)
@@ -300,7 +307,7 @@ def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:
     return max(_CPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // (3 * per_token))
 
 
-def _count_peak(model: PreTrainedModel) -> Callable[[], int | None]:
+def count_peak(model: PreTrainedModel) -> Callable[[], int | None]:
     """Counts the highest memory from now on; tells it in bytes when called, or None where the system does not."""
     device = next(model.parameters()).device
     if device.type == "cuda":

@@ -62,6 +62,7 @@ class PruningReport:
         versions: library -> version.
         evaluations: what `add_perplexity` was told.
         timings: what `add_timing` was told.
+        structure: where whole groups went: what -> [before, after].
     """
 
     config: dict[str, Any]
@@ -80,6 +81,7 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    structure: dict[str, list[float]] = field(default_factory=dict)
 
     def add_perplexity(self, dataset: str, pruned: Perplexity, dense: Perplexity | None = None) -> None:
         """Remembers a perplexity that was measured, for the model card; replaces an earlier one on the same `dataset`.
@@ -116,6 +118,11 @@ class PruningReport:
         return cls(**{**values, "blocks": [BlockReport.from_dict(block) for block in values["blocks"]]})
 
     def _summary(self) -> list[str]:
+        if self.structure:
+            what = ", ".join(f"{name} {a:,.6g} -> {b:,.6g}" for name, (a, b) in self.structure.items())
+            lines = [f"{self.model}: {self.config['method']}, {self.config['pattern']}", what]
+            lines += [f"calibration {self.sequences} sequences, {self.tokens} tokens", f"{self.seconds:.1f} s"]
+            return lines + [f"{kind} stay: {why}" for kind, why in self.skipped.items()]
         lines = [
             f"{self.model}: {self.config['method']}, {self.config['pattern']}, "
             f"{len(self.linears)} linears in {len(self.blocks)} blocks",
@@ -154,10 +161,12 @@ class PruningReport:
 
     def to_markdown(self) -> str:
         """Summary and a table of the blocks."""
-        rows = [_COLUMNS, ("---",) * len(_COLUMNS), *self._rows()]
+        rows = [] if self.structure else [_COLUMNS, ("---",) * len(_COLUMNS), *self._rows()]
         return "\n".join([*(f"- {line}" for line in self._summary()), "", *(f"| {' | '.join(row)} |" for row in rows)])
 
     def __str__(self) -> str:
+        if self.structure:
+            return "\n".join(self._summary())
         rows = [_COLUMNS, *self._rows()]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

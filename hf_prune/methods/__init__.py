@@ -5,7 +5,8 @@ from .gblm import GBLM
 from .magnitude import Magnitude
 from .ria import RIA
 from .sparsegpt import SparseGPT
+from .taylor import Taylor
 from .wanda import Wanda
 
 
-__all__ = ["GBLM", "REGISTRY", "RIA", "Magnitude", "Method", "Pruned", "SparseGPT", "Wanda", "make", "register"]
+__all__ = ["GBLM", "REGISTRY", "RIA", "Magnitude", "Method", "Pruned", "SparseGPT", "Taylor", "Wanda", "make", "register"]

@@ -42,6 +42,7 @@ class Method:
     needs: ClassVar[tuple[type, ...]] = ()
     comparison_group: ClassVar[str] = "row"
     propagate: ClassVar[str] = "block"
+    structural: ClassVar[bool] = False  # takes whole groups, not weights
 
     def score(self, weight: Tensor, *statistics: Any) -> Tensor:
         """One score per weight, the lowest go first: fp32 (out, in) from `weight` fp32 (out, in) and what `needs` lists."""
@@ -64,6 +65,7 @@ def forget(scores: Tensor, kept: Tensor | None) -> Tensor:
 
 
 REGISTRY: dict[str, type[Method]] = {}
+STRUCTURAL: dict[str, type[Method]] = {}  # by name, those that take whole groups
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -78,9 +80,10 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
     Raises:
         ValueError: no such method, or no such option.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"method {name!r} is not known. Allowed: {', '.join(sorted(REGISTRY))}, or an instance of a Method.")
-    cls, options = REGISTRY[name], options or {}
+    known = {**REGISTRY, **STRUCTURAL}
+    if name not in known:
+        raise ValueError(f"method {name!r} is not known. Allowed: {', '.join(sorted(known))}, or an instance of a Method.")
+    cls, options = known[name], options or {}
     allowed = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"method {name!r} has no option {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}.")

@@ -1,0 +1,29 @@
+"""Taylor: whole heads, channels and width by what the loss says they are worth. LLM-Pruner (arXiv 2305.11627, equation 5)."""
+
+from dataclasses import dataclass, field
+
+from .base import STRUCTURAL, Method
+
+
+@dataclass(frozen=True)
+class Taylor(Method):
+    """Groups go by |w g| (order 1) or |w g - g^2 w^2 / 2| (order 2), summed over each, for patterns such as "heads:0.25,ffn:0.25".
+
+    Attributes:
+        order: of the expansion.
+        compensate: readers are refitted to what is left, by least squares on the calibration data.
+        together: kind -> how many go at a time, so that the multiples that kernels like last; 1 if not named.
+        per_parameter: kinds of groups compare by saliency per parameter (with `parameters=`).
+    """
+
+    order: int = 2
+    compensate: bool = False
+    per_parameter: bool = True
+    together: dict[str, int] = field(default_factory=lambda: {"ffn": 8, "hidden": 8})
+
+    name = "taylor"
+    paper = "arXiv 2305.11627"
+    structural = True
+
+
+STRUCTURAL[Taylor.name] = Taylor

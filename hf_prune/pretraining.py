@@ -1,0 +1,235 @@
+"""Pruning-aware pretraining: a callback under which a model loses heads, channels and width while it trains (EfficientLLM)."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from .pruning import check_model
+from .serialization import STATE
+from .structural import check, groups_of, remove
+from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
+from .structural.shrink import illegal, shape_to
+
+
+logger = logging.get_logger(__name__)
+
+
+class EfficientLLMCallback(TrainerCallback, ExportableState):
+    """Shrinks the model of a `Trainer` while it trains, until it has its target size (EfficientLLM, arXiv 2502.06663).
+
+    What vanishes is gone for good: parameters, gradients and the optimizer's moments are cut in place, steps get faster and
+    memory falls. The result is an ordinary, smaller model. Checkpoints on the way have the shapes of their moment, and
+    `resume_from_checkpoint` goes on from them.
+
+    Args:
+        parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
+        counts: or kind -> number of groups to be left in each block: "heads" (of keys and values, with their query heads), "ffn",
+            "hidden" (channels of the residual stream).
+        kinds: that may go with `parameters`; None are all that the model can lose.
+        together: kind -> how many go at a time, so that multiples that kernels like last; None is 8 of "ffn" and "hidden".
+        warm_up, recovery: shares of the steps before the first and after the last removal; between them the number of
+            parameters falls linearly.
+        every: steps between two removals.
+        order, decay, per_parameter: of the saliency, see `structural.efficientllm`.
+        compensate: readers are refitted to what is left ("EfficientLLM-B"), which keeps a Gram matrix of what each reads.
+
+    Raises:
+        ValueError: the model cannot lose what is asked for, has masks or adapters, or its parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        parameters: float | int | None = None,
+        counts: dict[str, int] | None = None,
+        *,
+        kinds: tuple[str, ...] | None = None,
+        together: dict[str, int] | None = None,
+        warm_up: float = 0.05,
+        recovery: float = 0.3,
+        every: int = 1,
+        order: int = 2,
+        decay: float = 0.9,
+        per_parameter: bool = True,
+        compensate: bool = False,
+    ):
+        if not 0 <= warm_up < 1 or not 0 <= recovery < 1 or warm_up + recovery >= 1:
+            raise ValueError(f"warm_up and recovery are shares of the steps, together below 1: got {warm_up} and {recovery}.")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of steps of at least 1, got {every!r}.")
+        self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._plan = Plan(parameters, counts, tuple(kinds) if kinds else None, per_parameter=per_parameter)
+        if together is not None:
+            self._plan = replace(self._plan, together=dict(together))
+        self._warm_up, self._recovery, self._every, self._compensates = warm_up, recovery, every, compensate
+        self._order, self._decay = order, decay
+        Saliency(None, order, decay)  # says what is wrong with them
+        self._groups = self._saliency = self._compensation = self._handle = None
+        self._total = 0
+        self._began: dict[str, int] = {}
+        self.removed: list[tuple[int, str, int]] = []  # (step, kind, groups a block)
+
+    def state(self) -> dict[str, Any]:
+        """For Trainer's checkpoints."""
+        return {
+            "args": self._arguments,
+            "attributes": {
+                "saliency": self._saliency.state() if self._saliency and self._saliency.values else None,
+                "total": self._total,
+                "began": self._began,
+                "removed": self.removed,
+            },
+        }
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fsdp or getattr(args, "deepspeed", None):
+            raise ValueError("EfficientLLMCallback cuts whole parameters: use DDP, not FSDP or DeepSpeed.")
+        self._find(model)
+        self._handle = model.register_load_state_dict_pre_hook(self._take_shape)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._groups is None or self._groups.decoder.model is not model:
+            self._find(model, begun=bool(state.global_step))
+        self._saliency = Saliency(self._groups, self._order, self._decay)
+        known = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
+        self._total = known.get("total") or block_parameters(self._groups)
+        self._began = known.get("began") or {kind: axes[0].count for kind, axes in self._groups.axes.items()}
+        self.removed = known.get("removed", [])
+        if known.get("saliency"):
+            self._saliency.restore(known["saliency"])
+        if self._compensates:
+            self._compensation = Compensation(self._groups, self._plan.kinds_of(self._groups))
+        first, last = self._span(state.max_steps)
+        if first >= last:
+            raise ValueError(
+                f"the {state.max_steps} steps leave none to remove anything in: make them more, or warm_up and recovery less."
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step < self._span(state.max_steps)[1]:
+            self._saliency.update()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
+        step, (first, last) = state.global_step, self._span(state.max_steps)
+        if not first < step <= last or (step % self._every and step != last):
+            return
+        done = (step - first) / (last - first)
+        drop = self._drop(done)
+        if step == last:
+            drop = made_legal(self._groups, drop, self._saliency, self._plan)
+        if not drop:
+            return
+        if self._compensation:
+            self._compensation.apply(drop)
+        remove(self._groups, drop, optimizer)
+        self._saliency.forget(drop)
+        for kind in {axis.kind: None for axis in drop}:
+            self.removed.append((step, kind, len(next(d for axis, d in drop.items() if axis.kind == kind))))
+        _rebuild(model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if self._groups is None or logs is None or "loss" not in logs:
+            return
+        more: dict[str, Any] = {"block_parameters": block_parameters(self._groups)}
+        for kind, axes in self._groups.axes.items():
+            more[f"groups/{kind}"] = axes[0].count
+            if self._saliency.values:
+                worth = sum(float(self._saliency.of(axis).min()) for axis in axes)
+                more[f"saliency/{kind}"] = worth / sum(axis.numel for axis in axes)
+        logs.update(more)
+        if state.log_history:
+            state.log_history[-1].update(more)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._handle:
+            self._handle.remove()
+        if self._compensation:
+            self._compensation.close()
+        left = block_parameters(self._groups)
+        if reason := illegal(model.config):
+            logger.error(f"the model has a shape that cannot be loaded: {reason} Training ended before its last removal.")
+        logger.info(f"the blocks have {left:,} of {self._total:,} parameters left.")
+
+    def _find(self, model: Any, begun: bool = False) -> None:
+        check_model(model)
+        if model.__dict__.get(STATE) is not None:
+            raise ValueError("the model has masks, which would not fit what is left of it: shrink it first, then prune it.")
+        if any(hasattr(m, "lora_A") or hasattr(m, "perp_A") for m in model.modules()):
+            raise ValueError(
+                "the model has adapters, whose shapes hang on its own: merge them first, or put them on afterwards."
+            )
+        self._groups = groups_of(model)
+        check(self._groups)
+        if not begun:
+            self._plan.kinds_of(self._groups)
+
+    def _take_shape(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
+        if self._groups.decoder.model is model:
+            shape_to(self._groups, state)
+
+    def _span(self, steps: int) -> tuple[int, int]:
+        """The step after which removal begins, and that of the last removal."""
+        return int(steps * self._warm_up), int(steps * (1 - self._recovery))
+
+    def _drop(self, done: float) -> dict:
+        groups, plan = self._groups, self._plan
+        if plan.parameters is not None:
+            target = plan.target(self._total)
+            allowed = self._total - done * (self._total - target)
+            return chosen(groups, self._saliency, plan, block_parameters(groups) - int(allowed))
+        drop = {}
+        for kind, count in plan.counts.items():
+            before = self._began[kind]
+            step = plan.step(kind, groups) if done < 1 else 1
+            gone = groups.of(kind)[0].count - round(before - done * (before - count))
+            if gone := max(0, gone) // step * step:
+                drop.update({axis: self._saliency.of(axis).argsort(stable=True)[:gone] for axis in groups.of(kind)})
+        return drop
+
+
+def _rebuild(model: Any) -> None:
+    """DistributedDataParallel lays out its buckets anew over what is left; it averages gradients, so that every rank has
+    removed the same groups."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    for wrapper in [o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is model]:
+        parameters, sparse = wrapper._build_params_for_reducer()
+        names = wrapper._build_debug_param_to_name_mapping(parameters)
+        wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+
+
+def plot(log: list[dict[str, Any]], path: str | Path) -> None:
+    """Draws what `Trainer.state.log_history` tells of a run (EfficientLLM's figure A0): loss and parameters, groups left and
+    saliency by kind, over the steps, as an image at `path`. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    log = [entry for entry in log if "block_parameters" in entry]
+    if not log:
+        raise ValueError("the log has no entries of an EfficientLLMCallback: give trainer.state.log_history.")
+    steps = [entry["step"] for entry in log]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    (loss, size), (left, worth) = figure.subplots(2, 2)
+    loss.plot(steps, [entry["loss"] for entry in log], color="black")
+    loss.set_title("training loss")
+    size.plot(steps, [entry["block_parameters"] / 1e6 for entry in log], color="black")
+    size.set_title("parameters of the blocks, millions")
+    for key in sorted({key for entry in log for key in entry if key.startswith("groups/")}):
+        kind = key.removeprefix("groups/")
+        left.plot(steps, [entry[key] / log[0][key] for entry in log], label=kind)
+        found = [(entry["step"], entry[f"saliency/{kind}"]) for entry in log if f"saliency/{kind}" in entry]
+        worth.plot(*zip(*found), label=kind)
+    left.set_title("share of groups left")
+    worth.set_title("least saliency per parameter")
+    worth.set_yscale("log")
+    for axes in (left, worth):
+        axes.legend()
+        axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,130 @@
+"""One-shot structured pruning: the gradients of some calibration text choose the groups, and all of them vanish at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .blocks import as_it_was
+from .calibration import batches_of
+from .config import PruningConfig
+from .pruning import base_of, check_model, check_weights, count_peak, described, sequences_for, versions
+from .report import PruningReport
+from .structural import Groups, check, config_with, groups_of, remove
+from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
+from .structural.shrink import illegal
+
+
+_BATCH_TOKENS = 1024
+
+
+def shrink_model(
+    model: PreTrainedModel, config: PruningConfig, calibration: Any = None, tokenizer: Any = None
+) -> PruningReport:
+    """Takes groups out of `model`, in place, as `config` with a structural method and pattern says.
+
+    As many go from every block, so that the result is an ordinary model with a config of its own. Gradients that parameters
+    held are gone.
+
+    Raises:
+        ValueError, TypeError: what cannot be done as asked; the model has not changed then.
+    """
+    started = time.perf_counter()
+    check_model(model)
+    peak = count_peak(model)
+    method, pattern = config.method, config.pattern
+    for parameter in model.parameters():
+        parameter.grad = None
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    training = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        check_weights(model)
+        groups = groups_of(model)
+        check(groups)
+        counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}
+        counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
+        plan = Plan(pattern.parameters, counts or None, per_parameter=method.per_parameter, together=method.together)
+        kinds = plan.kinds_of(groups)
+        if counts and (reason := illegal(config_with(groups, counts)[0])):
+            raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")
+        sequences = sequences_for(model, config, calibration, tokenizer)
+        shape = _shape(groups, sequences[0])
+        saliency = Saliency(groups, method.order, decay=0.0)
+        listening = Compensation(groups, kinds, decay=0.9) if method.compensate else None
+        try:
+            _accumulate(model, sequences)
+            saliency.update()
+        finally:
+            if listening:
+                listening.close()
+            for parameter, _ in before:
+                parameter.grad = None
+        if counts:
+            drop = {
+                axis: saliency.of(axis).argsort(stable=True)[: axis.count - count]
+                for kind, count in counts.items()
+                for axis in groups.of(kind)
+                if axis.count > count
+            }
+        else:
+            total = block_parameters(groups)
+            drop = made_legal(groups, chosen(groups, saliency, plan, total - plan.target(total)), saliency, plan)
+        if listening:
+            listening.apply(drop)
+        if drop:
+            remove(groups, drop)
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+        for module, was in training:
+            module.training = was
+    after = _shape(groups, sequences[0])
+    return PruningReport(
+        config=config.to_dict(),
+        model=type(model).__name__,
+        sequences=len(sequences),
+        tokens=sum(map(len, sequences)),
+        seconds=time.perf_counter() - started,
+        peak_memory=peak(),
+        skipped=dict(groups.refused),
+        base_model=base_of(model),
+        calibration=described(calibration),
+        versions=versions(),
+        structure={key: [shape[key], after[key]] for key in shape},
+    )
+
+
+def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor]) -> None:
+    """The gradient of the mean loss of `sequences`, in every parameter."""
+    model.requires_grad_(True)
+    device, tokens = model.get_input_embeddings().weight.device, sum(map(len, sequences))
+    with torch.enable_grad():
+        for ids in tqdm(batches_of(sequences, _BATCH_TOKENS), desc="saliency", unit="batch"):
+            ids = ids.to(device)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of the calibration text is {float(loss)}: load the model in bfloat16 or float32.")
+            (loss * (ids.numel() / tokens)).backward()
+
+
+def _shape(groups: Groups, ids: torch.Tensor) -> dict[str, float]:
+    """How large and how fast the model is now."""
+    model = groups.decoder.model
+    shape: dict[str, float] = {kind: axes[0].count for kind, axes in groups.axes.items()}
+    shape["block_parameters"] = block_parameters(groups)
+    shape["parameters"] = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in groups.decoder.parameters if p.dim() > 1)
+    shape["flops_per_token"] = 2 * (matrices + model.get_output_embeddings().weight.numel())
+    ids, times = ids[None, :256].to(model.get_input_embeddings().weight.device), []
+    with as_it_was(model), torch.no_grad():
+        for _ in range(3):
+            begun = time.perf_counter()
+            model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()
+            times.append(time.perf_counter() - begun)
+    shape["forward_seconds"] = min(times)
+    return shape

@@ -1,0 +1,375 @@
+"""Structure: groups found by running vanish without a trace, and a model shrinks while it trains."""
+
+import copy
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ids_for, make, snapshot
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_prune
+from hf_prune import EfficientLLMCallback
+from hf_prune.blocks import eager_experts
+from hf_prune.structural import check, groups_of, remove
+from hf_prune.structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, refit
+from hf_prune.structural.shrink import illegal
+
+
+ALL = {"heads", "ffn", "hidden"}
+CAN_LOSE = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite"], ALL),
+    **dict.fromkeys(["gpt2", "gpt_neox", "opt"], {"ffn"}), "olmo2": {"heads", "ffn"}, "falcon": {"ffn"},
+    **dict.fromkeys(["mixtral", "qwen3_moe", "gpt_oss"], {"heads"}), "bloom": set(), "mpt": set(),
+}  # fmt: skip
+# What shrinking cannot keep: the mean of a LayerNorm; the epsilon of a norm that shares its field with others of another width.
+INEXACT = {("starcoder2", "hidden"): 0.3, ("olmo2", "heads"): 0.1, ("qwen3", "hidden"): 1e-4, ("gemma3", "hidden"): 1e-4}
+DATA = [{"input_ids": ids, "labels": ids} for ids in ids_for(32, 16)]
+
+
+def doubled(family, **changes):
+    """In float64 throughout: the RMSNorms of Transformers compute in float32."""
+    model = make(family, dtype=torch.float64, **changes)
+    for module in model.modules():
+        if "rmsnorm" in type(module).__name__.lower():
+            offset = 1.0 if "Gemma" in type(module).__name__ else 0.0
+
+            def forward(x, module=module, offset=offset):
+                epsilon = getattr(module, "variance_epsilon", None) or module.eps
+                return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (module.weight + offset)
+
+            module.forward = forward
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+    return model
+
+
+@torch.no_grad()
+def emptied(groups, kind, share=0.25, seed=3):
+    """Positions to drop of every axis of `kind`, whose groups are zero now."""
+    generator = torch.Generator().manual_seed(seed)
+    drop = {a: torch.randperm(a.count, generator=generator)[: max(1, int(a.count * share))] for a in groups.of(kind)}
+    for axis, positions in drop.items():
+        for member in axis.members:
+            member.parameter.index_fill_(member.dim, member.index[positions].flatten(), 0.0)
+    return drop
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removal_after_zeroing_changes_nothing(family):
+    source = doubled(family)
+    groups = groups_of(source)
+    check(groups)
+    assert set(groups.axes) == CAN_LOSE[family]
+    assert set(groups.refused) == ALL - CAN_LOSE[family] and all(groups.refused.values())
+    ids = ids_for(2, 12)
+    for kind in groups.axes:
+        model = doubled(family)
+        own = groups_of(model)
+        check(own)
+        with eager_experts(model), torch.no_grad():
+            drop = emptied(own, kind)
+            before, size = model(input_ids=ids).logits, sum(p.numel() for p in model.parameters())
+            gone = sum(axis.numel * len(positions) for axis, positions in drop.items())
+            remove(own, drop)
+            after = model(input_ids=ids).logits
+        assert sum(p.numel() for p in model.parameters()) == size - gone
+        assert (after - before).abs().max() <= INEXACT.get((family, kind), 1e-9), kind
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "opt", "olmo2", "mixtral"])
+def test_shrunk_folder_is_ordinary(family, tmp_path):
+    model = make(family)
+    groups = groups_of(model)
+    check(groups)
+    drop = {}
+    for kind, n in {"heads": 1, "ffn": 16, "hidden": 8}.items():
+        drop.update({axis: torch.arange(n) for axis in groups.axes.get(kind, ())})
+    remove(groups, drop)
+    assert illegal(model.config) is None
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
+    ids = ids_for(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+    assert again.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] == 15
+
+
+def test_query_heads_go_with_their_key(llama):
+    (first, _) = groups_of(llama).of("heads")
+    rows = {member.name.split(".")[-2]: member.index for member in first.members}
+    assert rows["k_proj"].tolist() == [list(range(8)), list(range(8, 16))]
+    assert rows["q_proj"].tolist() == rows["o_proj"].tolist() == [list(range(16)), list(range(16, 32))]
+
+
+def test_refit_is_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(
+        12, 12, generator=generator, dtype=torch.float64
+    )
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    keep = torch.ones(12, dtype=torch.bool)
+    keep[[2, 7, 8]] = False
+    wanted = torch.linalg.lstsq(x[:, keep], x @ weight.t()).solution.t()
+    refit(weight, x.t() @ x, keep, damping=0.0)
+    assert torch.allclose(weight[:, keep], wanted, atol=1e-5)
+
+
+def test_saliency_is_what_a_removal_costs():
+    model = make("llama")
+    groups = groups_of(model)
+    ids = ids_for(4, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    saliency = Saliency(groups, order=2, decay=0.0)
+    saliency.update()
+    for axes in groups.axes.values():
+        axis = axes[0]
+        slow = torch.zeros(axis.count)
+        for member in axis.members:
+            w, g = member.parameter.detach(), member.parameter.grad
+            value = (w * g - 0.5 * g**2 * w**2).abs()
+            for i, positions in enumerate(member.index):
+                slow[i] += value.index_select(member.dim, positions).sum()
+        assert torch.allclose(saliency.of(axis), slow, rtol=1e-4)
+
+
+def arguments(folder, **changes):
+    values = dict(
+        max_steps=12, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], use_cpu=True, save_strategy="no",
+        logging_steps=1, seed=1, disable_tqdm=True,
+    )  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**values, **changes})
+
+
+def trained(model, folder, callback, resume=None, **changes):
+    trainer = Trainer(model, arguments(folder, **changes), train_dataset=DATA, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{"parameters": 0.6}, {"parameters": 0.6, "compensate": True}, {"counts": {"heads": 1, "ffn": 40, "hidden": 24}}])  # fmt: skip
+def test_shrinks_while_it_trains(options, tmp_path):
+    model = make("llama")
+    before = block_parameters(groups_of(model))
+    trainer = trained(model, tmp_path, EfficientLLMCallback(**options))
+    left = block_parameters(groups_of(model))
+    if "parameters" in options:
+        assert 0.5 * before < left <= 0.6 * before
+    else:
+        assert (model.config.num_key_value_heads, model.config.intermediate_size, model.config.hidden_size) == (1, 40, 24)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(torch.isfinite(torch.tensor(losses))) and losses[-1] < losses[0]
+    sizes = [entry["block_parameters"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[5] > sizes[-1] == left
+    for parameter in model.parameters():
+        state = trainer.optimizer.state[parameter]
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = ids_for(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-6)
+
+
+def test_moments_are_cut_with_their_parameters(llama):
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-3)
+    ids = ids_for(4, 16)
+    llama(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    groups = groups_of(llama)
+    axis = groups.of("ffn")[0]
+    member = axis.members[0]
+    before = optimizer.state[member.parameter]["exp_avg"].clone(), member.parameter.grad.clone()
+    remove(groups, {a: torch.tensor([3, 5]) for a in groups.of("ffn")}, optimizer)
+    keep = [i for i in range(64) if i not in (3, 5)]
+    assert torch.equal(optimizer.state[member.parameter]["exp_avg"], before[0][keep])
+    assert torch.equal(member.parameter.grad, before[1][keep])
+    optimizer.step()
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_resumes_as_if_uninterrupted(at, tmp_path):
+    whole = make("llama")
+    trained(whole, tmp_path / "a", EfficientLLMCallback(0.7), save_strategy="steps", save_steps=at)
+    again = make("llama")
+    trained(again, tmp_path / "b", EfficientLLMCallback(0.7), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
+    different = {k for k, v in again.config.to_dict().items() if v != whole.config.to_dict()[k]}
+    assert different <= {"architectures", "dtype"}  # which saving sets
+    after = snapshot(whole)
+    for name, parameter in again.named_parameters():
+        assert torch.allclose(parameter, after[name], atol=1e-6), name
+
+
+def test_kinds_and_multiples():
+    model = make("llama")
+    groups = groups_of(model)
+    ids = ids_for(4, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    saliency = Saliency(groups)
+    saliency.update()
+    plan = Plan(parameters=0.8, kinds=("ffn",), together={"ffn": 8})
+    total = block_parameters(groups)
+    drop = chosen(groups, saliency, plan, total - plan.target(total))
+    assert {axis.kind for axis in drop} == {"ffn"} and {len(p) % 8 for p in drop.values()} == {0}
+    axis, positions = next(iter(drop.items()))
+    assert set(positions.tolist()) == set(saliency.of(axis).argsort()[: len(positions)].tolist())
+
+
+def test_compensation_helps():
+    torch.manual_seed(0)
+    model = make("llama").train()
+    groups = groups_of(model)
+    other = copy.deepcopy(model)
+    ids = ids_for(32, 24)
+    dense = model(input_ids=ids).logits.detach()
+    listening = Compensation(groups, ("ffn",), decay=0.0)
+    model(input_ids=ids)
+    drop = {axis: torch.arange(16) for axis in groups.of("ffn")}
+    listening.apply(drop)
+    remove(groups, drop)
+    listening.close()
+    plain = groups_of(other)
+    remove(plain, {axis: torch.arange(16) for axis in plain.of("ffn")})
+    errors = [(m(input_ids=ids).logits.detach() - dense).square().sum() for m in (model, other)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("make_callback, message", [
+    (lambda: EfficientLLMCallback(), "either parameters"),
+    (lambda: EfficientLLMCallback(0.5, {"ffn": 8}), "either parameters"),
+    (lambda: EfficientLLMCallback(-1), "share"),
+    (lambda: EfficientLLMCallback(0.5, kinds=("layers",)), "heads, ffn, hidden"),
+    (lambda: EfficientLLMCallback(0.5, warm_up=0.6, recovery=0.5), "together below 1"),
+    (lambda: EfficientLLMCallback(0.5, every=0), "every"),
+    (lambda: EfficientLLMCallback(0.5, order=3), "order"),
+    (lambda: EfficientLLMCallback(0.5, decay=1.0), "decay"),
+])  # fmt: skip
+def test_wrong_words(make_callback, message):
+    with pytest.raises(ValueError, match=message):
+        make_callback()
+
+
+def test_says_what_cannot_go(tmp_path, llama):
+    with pytest.raises(ValueError, match="mixture"):
+        trained(make("mixtral"), tmp_path, EfficientLLMCallback(0.5, kinds=("ffn",)))
+    with pytest.raises(ValueError, match="ALiBi"):
+        groups_of(make("bloom")).of("heads")
+    with pytest.raises(ValueError, match="are to be left"):
+        trained(make("llama"), tmp_path, EfficientLLMCallback(counts={"ffn": 100}))
+    with pytest.raises(ValueError, match="smallest shape"):
+        trained(make("llama"), tmp_path, EfficientLLMCallback(10**9))
+    with pytest.raises(ValueError, match="smallest"):
+        trained(make("llama"), tmp_path, EfficientLLMCallback(10))
+    with pytest.raises(ValueError, match="leave none"):
+        trained(make("llama"), tmp_path, EfficientLLMCallback(0.5), max_steps=1)
+    with pytest.raises(ValueError, match="DDP"):
+        EfficientLLMCallback(0.5).on_init_end(types.SimpleNamespace(fsdp="full_shard", deepspeed=None), None, None, llama)
+    llama.prune(hf_prune.PruningConfig(method="magnitude"))
+    with pytest.raises(ValueError, match="masks"):
+        trained(llama, tmp_path, EfficientLLMCallback(0.5))
+
+
+def test_nothing_changes_when_removal_is_refused(llama):
+    groups = groups_of(llama)
+    before = snapshot(llama)
+    with pytest.raises(ValueError, match="all blocks"):
+        remove(groups, {groups.of("ffn")[0]: torch.tensor([1])})
+    with pytest.raises(ValueError, match="would be left"):
+        remove(groups, {axis: torch.arange(2) for axis in groups.of("heads")})
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+def test_two_processes(tmp_path):
+    script = f"""
+import sys, torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+import test_structural as t
+model = t.make("llama")
+t.trained(model, {str(tmp_path / "run")!r}, t.EfficientLLMCallback(0.6), per_device_train_batch_size=2)
+assert torch.distributed.get_world_size() == 2
+torch.save(model.state_dict(), {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "script.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = make("llama")
+    trained(alone, tmp_path / "alone", EfficientLLMCallback(0.6))
+    assert {name: p.shape for name, p in first.items()} == {name: p.shape for name, p in alone.state_dict().items()}
+
+
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True}, {"max_grad_norm": 0.0}])  # fmt: skip
+def test_ways_to_train(changes, tmp_path):
+    model = make("llama")
+    before = block_parameters(groups_of(model))
+    trained(model, tmp_path, EfficientLLMCallback(0.7), **changes)
+    assert block_parameters(groups_of(model)) <= 0.7 * before
+
+
+def config(**values):
+    return hf_prune.PruningConfig("taylor", n_samples=6, sequence_length=24, **values)
+
+
+@pytest.mark.parametrize("values", [{"pattern": "heads:0.5,ffn:0.25"}, {"pattern": "hidden:0.25"}, {"parameters": 0.7}, {"parameters": 0.7, "method_options": {"compensate": True, "order": 1}}])  # fmt: skip
+def test_one_shot(values, tmp_path):
+    model = make("llama").train()
+    before = block_parameters(groups_of(model))
+    report = model.prune(config(**values), ids_for())
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    if "parameters" in values:
+        assert 0.6 * before < block_parameters(groups_of(model)) <= 0.7 * before
+    elif "ffn" in values["pattern"]:
+        assert (model.config.num_key_value_heads, model.config.num_attention_heads, model.config.intermediate_size) == (
+            1,
+            2,
+            48,
+        )
+    else:
+        assert model.config.hidden_size == 24
+    assert report.structure["block_parameters"] == [before, block_parameters(groups_of(model))]
+    assert report.structure["flops_per_token"][1] < report.structure["flops_per_token"][0]
+    for words in (str(report), report.to_markdown()):
+        assert "block_parameters" in words and "taylor" in words
+    assert hf_prune.PruningConfig.from_dict(report.config).pattern == config(**values).pattern
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "pruning").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids_for()).logits, model.eval()(input_ids=ids_for()).logits, atol=1e-6)
+    again.prune(hf_prune.PruningConfig(pattern="2:4", n_samples=6, sequence_length=24), ids_for())
+    assert again.pruning_masks.sparsity() == 0.5
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"pattern": "2:4"}, "whole groups"), ({"pattern": "heads:1.5"}, "in \\(0, 1\\)"), ({"pattern": "layers:0.5"}, "not known"),
+    ({"parameters": 0.5, "pattern": "2:4"}, "either"), ({"parameters": -1}, "share"),
+    ({"parameters": 0.5, "exclude": ["*.mlp.*"]}, "include, exclude"),
+])  # fmt: skip
+def test_one_shot_words(values, message):
+    with pytest.raises(ValueError, match=message):
+        config(**values)
+
+
+def test_one_shot_refuses(llama):
+    before = snapshot(llama)
+    with pytest.raises(ValueError, match="taylor"):
+        hf_prune.PruningConfig("wanda", pattern="heads:0.5")
+    with pytest.raises(ValueError, match="no model of this architecture"):
+        llama.prune(config(pattern="hidden:0.1"), ids_for())
+    with pytest.raises(ValueError, match="resume_dir"):
+        llama.prune(config(parameters=0.5), ids_for(), resume_dir="journal")
+    with pytest.raises(ValueError, match="calibration"):
+        llama.prune(config(parameters=0.5))
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+    llama.prune(hf_prune.PruningConfig("magnitude"))
+    with pytest.raises(ValueError, match="masks"):
+        llama.prune(config(parameters=0.5), ids_for())
