@@ -489,13 +489,18 @@ def test_reconstruction_takes_what_a_block_has(kind):
 
 
 def test_reconstruction_rates():
-    assert Reconstruction().rate(576) == Reconstruction(train=("full",)).rate(64) == pytest.approx(4e-3, rel=0.01)
+    assert [Reconstruction(train=how).rate(576) for how in ("full", ("full",))] == [pytest.approx(4e-3, rel=0.01)] * 2
+    assert Reconstruction().rate(64) == 4e-3 and Reconstruction(train="mask_lora").rate(64) == 2e-3
     assert Reconstruction().rate(4096) == pytest.approx(2.3 / 4096) and Reconstruction(learning_rate=1e-5).rate(64) == 1e-5
 
 
 def test_card_says_how_it_was_reconstructed(tmp_path):
     model = make("llama")
-    model.prune(PruningConfig(pattern="2:4", n_samples=6, sequence_length=24), ids_for(), reconstruct=Reconstruction(epochs=1))
+    model.prune(
+        PruningConfig(pattern="2:4", n_samples=6, sequence_length=24),
+        ids_for(),
+        reconstruct=Reconstruction(epochs=1, batch_tokens=48),
+    )
     model.save_pretrained(tmp_path)
     code = (tmp_path / "README.md").read_text().split("Make it again")[1]
     assert "reconstruct=hf_prune.Reconstruction(train='full'" in code and "reconstruct={" not in code
