@@ -19,7 +19,7 @@ parser.add_argument("--gguf-file")
 parser.add_argument("--samples", type=int, default=128)
 parser.add_argument("--length", type=int, default=512)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--learning-rate", type=float, default=3e-4)
+parser.add_argument("--learning-rate", type=float, default=2e-3)
 parser.add_argument("--push-to")
 args = parser.parse_args()
 

@@ -77,7 +77,7 @@ class Reconstruction:
         """
         if n_batches < 2:
             raise ValueError(
-                f"reconstruction needs two batches or more, got {n_batches}: give more data, or lower batch_tokens."
+                f"reconstruction needs at least two batches, got {n_batches}: give more data, or lower batch_tokens."
             )
         held = max(1, round(n_batches * self.held_out))
         return list(range(n_batches - held)), list(range(n_batches - held, n_batches))

@@ -105,7 +105,7 @@ def test_masks_hold_meanwhile():
 
 def test_default_rates_by_kind():
     model = pruned()
-    for train, centre in (("norm", 1e-3), (("mask_lora", "norm"), 5e-4), ("head", 5e-4), ("full", 5e-5)):
+    for train, centre in (("norm", 2e-3), (("mask_lora", "norm"), 2e-3), ("head", 2e-3), ("full", 3e-4)):
         result = sweep_learning_rate(model, TRAIN, HELD, train=train, steps=1)
         rates = list(result.losses)
         assert len(rates) == 5 and rates[2] == centre
