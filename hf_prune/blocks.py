@@ -137,7 +137,9 @@ class Decoder:
         def before(module, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
             if previous is not None and not (hidden is previous or torch.equal(hidden.to(previous.device), previous)):
-                raise ValueError(f"{type(self.model).__name__} changes the hidden states between its blocks: not supported.")
+                raise ValueError(
+                    f"{type(self.model).__name__} changes the hidden states between its blocks: hf_prune needs blocks that follow one another."
+                )
 
         def after(module, args, output):
             nonlocal previous

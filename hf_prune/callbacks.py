@@ -121,6 +121,7 @@ class PERPCallback(KeepMasksCallback):
             raise ValueError(f"the optimizer does not know {missing[0]} and {len(missing) - 1} more: let Trainer make it.")
         super().on_train_begin(args, state, control, model=model)
         if self._distillation:
+            self._distillation.used = False
             self._listening = model.register_forward_hook(self._distillation, with_kwargs=True)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -70,9 +70,10 @@ class PruningConfig:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
         self.method_options = dataclasses.asdict(self.method)
         if self.parameters is not None:
-            if self.pattern != "unstructured":
+            same = Structured(parameters=self.parameters)
+            if self.pattern not in ("unstructured", same):
                 raise ValueError(f"give either parameters={self.parameters} or pattern={self.pattern!r}.")
-            self.pattern = Structured(parameters=self.parameters)
+            self.pattern = same
         self.pattern = parse(self.pattern, self.sparsity)
         if isinstance(self.pattern, Structured) != self.method.structural:
             raise ValueError(

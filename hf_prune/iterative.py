@@ -54,6 +54,8 @@ def prune_iteratively(
         raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
     if not callable(train):
         raise TypeError(f"train must be a function of the model and the report of its pruning, got {train!r}.")
+    if config.method.structural:
+        raise ValueError(f"'{config.pattern}' leaves no masks to go on from: EfficientLLMCallback takes groups out in steps.")
     check_model(model)
     settle(model)
     reports = []

@@ -47,7 +47,9 @@ class Journal:
                 if known.get(key) != identity.get(key)
             ]
             if differs:
-                raise ValueError(f"{path} is of another pruning. What differs: {'; '.join(differs)}. Take another resume_dir.")
+                raise ValueError(
+                    f"{path} is of another pruning. What differs: {'; '.join(differs)}. Give the same, or another resume_dir."
+                )
         else:
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))
 

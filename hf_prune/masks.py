@@ -123,7 +123,9 @@ class Masks(MutableMapping[str, Tensor]):
             if name not in parameters:
                 raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
             if tuple(parameters[name].shape) != self.shape(name):
-                raise ValueError(f"the masks are not of this model: {name} has shape {tuple(parameters[name].shape)}.")
+                raise ValueError(
+                    f"the masks are not of this model: {name} is {tuple(parameters[name].shape)}, its mask {self.shape(name)}."
+                )
         return {name: parameters[name] for name in self}
 
     def digest(self) -> str:

@@ -169,7 +169,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         self._groups = groups_of(model)
         check(self._groups)
         if not begun:
-            self._plan.kinds_of(self._groups)
+            self._plan.check(self._groups)
 
     def _take_shape(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
         if self._groups.decoder.model is model:
@@ -185,14 +185,12 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             target = plan.target(self._total)
             allowed = self._total - done * (self._total - target)
             return chosen(groups, self._saliency, plan, block_parameters(groups) - int(allowed))
-        drop = {}
+        gone = {}
         for kind, count in plan.counts.items():
             before = self._began[kind]
             step = plan.step(kind, groups) if done < 1 else 1
-            gone = groups.of(kind)[0].count - round(before - done * (before - count))
-            if gone := max(0, gone) // step * step:
-                drop.update({axis: self._saliency.of(axis).argsort(stable=True)[:gone] for axis in groups.of(kind)})
-        return drop
+            gone[kind] = max(0, groups.of(kind)[0].count - round(before - done * (before - count))) // step * step
+        return self._saliency.lowest(gone)
 
 
 def _rebuild(model: Any) -> None:

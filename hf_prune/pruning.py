@@ -191,7 +191,7 @@ def check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         # A sum is NaN or inf if any summand is; only then is a closer look needed.
         if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise ValueError(f"the weights of {name} are not finite: a damaged checkpoint, or an overflow of float16.")
+            raise ValueError(f"the weights of {name} are not finite: load the checkpoint again, in bfloat16 or float32.")
 
 
 def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
@@ -225,15 +225,19 @@ def _check_patterns(
                 f"{linear.in_features}. Leave it out with exclude=['*.{linear.name.split('.')[-1]}'] or use "
                 "pattern='unstructured'."
             )
-        if linear.parameter_name in old and config.comparison_group in ("row", "matrix") and not fixed:
-            gone = 1 - float(linear.matrix(old[linear.parameter_name]).float().mean())
-            if gone > pattern.sparsity + 1e-3:
-                raise ValueError(
-                    f"{linear.name} is pruned to {gone:.3f} already, and {pattern} asks for less ({pattern.sparsity:.3f}). "
-                    "Pruned weights do not come back: load the dense model, or ask for more."
-                )
+    wide = config.comparison_group in ("block", "model")
+    for together in [] if fixed else [linears] if wide else [[linear] for linear in linears]:
+        kept = [linear.matrix(old[linear.parameter_name]) for linear in together if linear.parameter_name in old]
+        gone = sum(int((~mask).sum()) for mask in kept) / sum(linear.weight.numel() for linear in together)
+        pattern = patterns[together[0].name]
+        if gone > pattern.sparsity + 1e-3:
+            what = together[0].name if len(together) == 1 else f"the {config.comparison_group}"
+            raise ValueError(
+                f"{what} is pruned to {gone:.3f} already, and {pattern} asks for less ({pattern.sparsity:.3f}). "
+                "Pruned weights do not come back: load the dense model, or ask for more."
+            )
     if fixed:
-        if config.comparison_group in ("block", "model"):
+        if wide:
             raise ValueError(
                 f"masks= leaves nothing to compare within a {config.comparison_group}: take comparison_group='row'."
             )

@@ -14,7 +14,7 @@ from .calibration import batches_of
 from .config import PruningConfig
 from .pruning import base_of, check_model, check_weights, count_peak, described, sequences_for, versions
 from .report import PruningReport
-from .structural import Groups, check, config_with, groups_of, remove
+from .structural import Groups, built_with, check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
 from .structural.shrink import illegal
 
@@ -39,38 +39,29 @@ def shrink_model(
     method, pattern = config.method, config.pattern
     for parameter in model.parameters():
         parameter.grad = None
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with as_it_was(model):
         check_weights(model)
         groups = groups_of(model)
         check(groups)
         counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}
         counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
         plan = Plan(pattern.parameters, counts or None, per_parameter=method.per_parameter, together=method.together)
-        kinds = plan.kinds_of(groups)
-        if counts and (reason := illegal(config_with(groups, counts)[0])):
+        plan.check(groups)
+        if counts and (reason := illegal(built_with(groups, counts).config)):
             raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")
         sequences = sequences_for(model, config, calibration, tokenizer)
         shape = _shape(groups, sequences[0])
         saliency = Saliency(groups, method.order, decay=0.0)
-        listening = Compensation(groups, kinds, decay=0.9) if method.compensate else None
+        listening = Compensation(groups, plan.kinds_of(groups)) if method.compensate else None
         try:
             _accumulate(model, sequences)
             saliency.update()
         finally:
             if listening:
                 listening.close()
-            for parameter, _ in before:
-                parameter.grad = None
+            model.zero_grad(set_to_none=True)
         if counts:
-            drop = {
-                axis: saliency.of(axis).argsort(stable=True)[: axis.count - count]
-                for kind, count in counts.items()
-                for axis in groups.of(kind)
-                if axis.count > count
-            }
+            drop = saliency.lowest({kind: groups.of(kind)[0].count - count for kind, count in counts.items()})
         else:
             total = block_parameters(groups)
             drop = made_legal(groups, chosen(groups, saliency, plan, total - plan.target(total)), saliency, plan)
@@ -78,11 +69,6 @@ def shrink_model(
             listening.apply(drop)
         if drop:
             remove(groups, drop)
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        for module, was in training:
-            module.training = was
     after = _shape(groups, sequences[0])
     return PruningReport(
         config=config.to_dict(),

@@ -1,7 +1,10 @@
 """Tiny random models by family, seeded; a Hub on localhost, and no other network."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 from hub_server import TOKEN, Hub
 
@@ -100,3 +103,23 @@ def tokenizer():
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>",
         chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
     )  # fmt: skip
+
+
+def in_two_processes(tmp_path, code: str) -> list[dict[str, torch.Tensor]]:
+    """Runs `code`, which leaves a `model`, in two gloo processes within `tmp_path`; both state dicts, which must be equal."""
+    script = f"""
+import sys, torch
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+{code}
+assert torch.distributed.get_world_size() == 2
+torch.save(model.state_dict(), f"{{torch.distributed.get_rank()}}.pt")
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "script.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    return states

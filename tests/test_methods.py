@@ -135,7 +135,7 @@ def test_fixed_mask_is_only_refitted(pattern):
     assert after < before
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if not REGISTRY[name].structural])
 def test_old_zeros_stay(name):
     weight, x = problem()
     gradients = [torch.randn_like(weight)]

@@ -1,9 +1,7 @@
 """Retraining: every kind of trainable keeps the masks through training, saving, resuming, best-model reload and merge."""
 
 import copy
-import os
 import runpy
-import subprocess
 import sys
 import types
 import warnings
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ids_for, make, same, snapshot
+from conftest import FAMILIES, ids_for, in_two_processes, make, same, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -290,24 +288,14 @@ def test_sharded_parameters_are_refused():
 
 @pytest.mark.parametrize("kind", ["mask_lora", "full"])
 def test_two_processes(kind, tmp_path):
-    script = f"""
-import sys, torch
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parent.parent)]!r}
+    code = f"""
 import test_perp
 model = test_perp.pruned()
 masks = model.pruning_masks
-test_perp.train(model, {str(tmp_path / "run")!r}, test_perp.PERPCallback(train={kind!r}), save_strategy="steps", save_steps=3)
-assert test_perp.holds(model, masks) and torch.distributed.get_world_size() == 2
-torch.save(model.state_dict(), {str(tmp_path)!r} + f"/{{torch.distributed.get_rank()}}.pt")
+test_perp.train(model, "run", test_perp.PERPCallback(train={kind!r}), save_strategy="steps", save_steps=3)
+assert test_perp.holds(model, masks)
 """
-    (tmp_path / "script.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "script.py"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    in_two_processes(tmp_path, code)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
     assert not plain.pruning_masks.violations(plain)
 

@@ -65,7 +65,6 @@ def forget(scores: Tensor, kept: Tensor | None) -> Tensor:
 
 
 REGISTRY: dict[str, type[Method]] = {}
-STRUCTURAL: dict[str, type[Method]] = {}  # by name, those that take whole groups
 
 
 def register(cls: type[Method]) -> type[Method]:
@@ -80,10 +79,9 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
     Raises:
         ValueError: no such method, or no such option.
     """
-    known = {**REGISTRY, **STRUCTURAL}
-    if name not in known:
-        raise ValueError(f"method {name!r} is not known. Allowed: {', '.join(sorted(known))}, or an instance of a Method.")
-    cls, options = known[name], options or {}
+    if name not in REGISTRY:
+        raise ValueError(f"method {name!r} is not known. Allowed: {', '.join(sorted(REGISTRY))}, or an instance of a Method.")
+    cls, options = REGISTRY[name], options or {}
     allowed = [field.name for field in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"method {name!r} has no option {', '.join(unknown)}. Allowed: {', '.join(allowed) or 'none'}.")

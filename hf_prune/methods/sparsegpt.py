@@ -116,11 +116,14 @@ class _Choice:
         self.sizes = [len(job.weight) for job in jobs]
         self.fixed = jobs[0].fixed is not None
         self.dropped = None
-        every = [torch.ones_like(job.weight, dtype=torch.bool) if job.kept is None else job.kept for job in jobs]
         if any(job.kept is not None for job in jobs):
+            every = [torch.ones_like(job.weight, dtype=torch.bool) if job.kept is None else job.kept for job in jobs]
             self.dropped = ~torch.cat([mask.t() for mask in every], dim=1)
-        masks = [job.fixed for job in jobs] if self.fixed else every  # which are overwritten
-        self.gone = ~torch.cat([mask.t() for mask in masks], dim=1)
+        if self.fixed:
+            self.gone = ~torch.cat([job.fixed.t() for job in jobs], dim=1)
+        else:
+            first = jobs[0].weight
+            self.gone = torch.empty(first.shape[1], sum(self.sizes), dtype=torch.bool, device=first.device)
         self._counted = [0] * len(jobs)  # pruned so far, per row or over the matrix
 
     @property

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from .base import STRUCTURAL, Method
+from .base import Method, register
 
 
+@register
 @dataclass(frozen=True)
 class Taylor(Method):
     """Groups go by |w g| (order 1) or |w g - g^2 w^2 / 2| (order 2), summed over each, for patterns such as "heads:0.25,ffn:0.25".
@@ -24,6 +25,3 @@ class Taylor(Method):
     name = "taylor"
     paper = "arXiv 2305.11627"
     structural = True
-
-
-STRUCTURAL[Taylor.name] = Taylor

@@ -1,7 +1,7 @@
 """Structure: groups that can vanish, what they are worth, and how they vanish for good."""
 
 from .groups import KINDS, Axis, Groups, Member, groups_of
-from .shrink import check, config_with, remove
+from .shrink import built_with, check, remove
 
 
-__all__ = ["KINDS", "Axis", "Groups", "Member", "check", "config_with", "groups_of", "remove"]
+__all__ = ["KINDS", "Axis", "Groups", "Member", "built_with", "check", "groups_of", "remove"]

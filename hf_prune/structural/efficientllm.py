@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import Linear
-from .groups import KINDS, Axis, Groups
-from .shrink import config_with, illegal, shapes_with
+from ..patterns import one_of
+from .groups import KINDS, Axis, Groups, Member
+from .shrink import built_with, illegal, shapes_with
 
 
 class Saliency:
@@ -31,8 +32,7 @@ class Saliency:
     """
 
     def __init__(self, groups: Groups | None, order: int = 2, decay: float = 0.9):
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}.")
+        one_of("order", order, (1, 2))
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay!r}.")
         self.groups, self.order, self.decay = groups, order, decay
@@ -46,22 +46,20 @@ class Saliency:
         Raises:
             ValueError: no member of any group has a gradient.
         """
-        parts: dict[int, list[tuple[Axis, Any]]] = {}
-        parameters = {}
+        parts: dict[nn.Parameter, list[tuple[Axis, Member]]] = {}
         for axes in self.groups.axes.values():
             for axis in axes:
                 for member in axis.members:
-                    parts.setdefault(id(member.parameter), []).append((axis, member))
-                    parameters[id(member.parameter)] = member.parameter
+                    parts.setdefault(member.parameter, []).append((axis, member))
         sums: dict[Axis, Tensor] = {}
-        for key, parameter in parameters.items():
+        for parameter, members in parts.items():
             if parameter.grad is None:
                 continue
             product = parameter.detach().float() * parameter.grad.float()
             if self.order == 2:
                 product.addcmul_(product, product, value=-0.5)
             product.abs_()
-            for axis, member in parts[key]:
+            for axis, member in members:
                 found = member.sums(product).cpu()
                 sums[axis] = sums[axis] + found if axis in sums else found
         if not sums:
@@ -74,6 +72,15 @@ class Saliency:
     def of(self, axis: Axis) -> Tensor:
         """The mean saliency of each group, (groups,) float32."""
         return self.values[axis] / self.weight
+
+    def lowest(self, gone: dict[str, int]) -> dict[Axis, Tensor]:
+        """For every axis of each kind the positions of the `gone[kind]` groups that are worth least; nothing of kinds with 0."""
+        kinds = [kind for kind, count in gone.items() if count]
+        return {axis: self.order_of(axis)[: gone[kind]] for kind in kinds for axis in self.groups.of(kind)}
+
+    def order_of(self, axis: Axis) -> Tensor:
+        """Positions of the groups, the one that is worth least first."""
+        return self.of(axis).argsort(stable=True)
 
     def forget(self, drop: dict[Axis, Tensor]) -> None:
         """Of the groups at positions `drop[axis]`, which vanish."""
@@ -127,32 +134,34 @@ class Plan:
         if self.parameters is not None and not self.parameters > 0:
             raise ValueError(f"parameters must be a share in (0, 1) or a number of at least 1, got {self.parameters!r}.")
         for name in (*(self.kinds or ()), *(self.counts or ()), *self.together):
-            if name not in KINDS:
-                raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {name!r}.")
+            one_of("kind", name, KINDS)
         if any(not isinstance(n, int) or n < 1 for n in (*self.together.values(), *(self.counts or {}).values())):
             raise ValueError(f"counts and together must be whole numbers of at least 1: got {self}.")
 
     def kinds_of(self, groups: Groups) -> tuple[str, ...]:
-        """The kinds that may go.
+        """The kinds that may go."""
+        return tuple(self.counts) if self.counts is not None else self.kinds or tuple(groups.axes)
+
+    def check(self, groups: Groups) -> None:
+        """Before anything is removed.
 
         Raises:
-            ValueError: the model cannot lose one that was asked for, or it has fewer than are to be left.
+            ValueError: the model cannot lose a kind that was asked for, or has less than is to be left, or cannot be as small.
         """
-        kinds = tuple(self.counts) if self.counts is not None else self.kinds or tuple(groups.axes)
+        kinds = self.kinds_of(groups)
         for kind in kinds:
             count = groups.of(kind)[0].count
             if self.counts is not None and self.counts[kind] > count:
                 raise ValueError(f"{self.counts[kind]} {kind} are to be left, but the model has {count}.")
-        if self.parameters is not None and kinds:
+        if not kinds:
+            raise ValueError(f"this model can lose nothing: {groups.refused}.")
+        if self.parameters is not None:
             total, smallest = block_parameters(groups), self._smallest(groups, kinds)
             if not smallest <= self.target(total) < total:
                 raise ValueError(
                     f"parameters={self.parameters} means {self.target(total):,} in the blocks, which have {total:,}; the smallest shape "
                     f"with fewer {', '.join(kinds)} has {smallest:,}."
                 )
-        if not kinds:
-            raise ValueError(f"this model can lose nothing: {groups.refused}.")
-        return kinds
 
     def _smallest(self, groups: Groups, kinds: tuple[str, ...]) -> int:
         blocks = {id(p) for p in groups.decoder.parameters}
@@ -181,7 +190,7 @@ def chosen(groups: Groups, saliency: Saliency, plan: Plan, surplus: int) -> dict
         Axis -> positions, as many in every axis of a kind; empty if nothing may go.
     """
     kinds, within = plan.kinds_of(groups), {id(p) for p in groups.decoder.parameters}
-    order = {axis: saliency.of(axis).argsort(stable=True) for kind in kinds for axis in groups.of(kind)}
+    order = {axis: saliency.order_of(axis) for kind in kinds for axis in groups.of(kind)}
     gone = dict.fromkeys(kinds, 0)
     lost = 0
     while lost < surplus:
@@ -198,7 +207,7 @@ def chosen(groups: Groups, saliency: Saliency, plan: Plan, surplus: int) -> dict
         step = plan.step(kind, groups)
         gone[kind] += step
         lost += step * sum(m.numel for axis in groups.of(kind) for m in axis.members if id(m.parameter) in within)
-    return {axis: order[axis][:n] for kind, n in gone.items() if n for axis in groups.of(kind)}
+    return saliency.lowest(gone)
 
 
 def made_legal(groups: Groups, drop: dict[Axis, Tensor], saliency: Saliency, plan: Plan) -> dict[Axis, Tensor]:
@@ -208,10 +217,8 @@ def made_legal(groups: Groups, drop: dict[Axis, Tensor], saliency: Saliency, pla
     counts = {kind: axes[0].count for kind, axes in groups.axes.items()}
     counts.update({axis.kind: axis.count - len(positions) for axis, positions in drop.items()})
     for hidden in range(counts["hidden"], 0, -1):
-        if illegal(config_with(groups, {**counts, "hidden": hidden})[0]) is None:
-            (axis,) = groups.of("hidden")
-            more = saliency.of(axis).argsort(stable=True)[: axis.count - hidden]
-            return {**drop, axis: more} if len(more) else drop
+        if illegal(built_with(groups, {**counts, "hidden": hidden}).config) is None:
+            return {**drop, **saliency.lowest({"hidden": groups.of("hidden")[0].count - hidden})}
     return drop
 
 
@@ -229,7 +236,7 @@ class Compensation:
     def __init__(self, groups: Groups, kinds: tuple[str, ...], damping: float = 0.01, decay: float = 0.9):
         self.damping, self.decay = damping, decay
         self.grams: dict[tuple, Tensor] = {}
-        self._of: dict[Axis, list[tuple[Linear, Any, tuple]]] = {}
+        self._of: dict[Axis, list[tuple[Linear, Member, tuple]]] = {}
         self._handles = []
         heard: set[tuple] = set()
         for kind in kinds:

@@ -3,12 +3,11 @@
 Found by running a block, not from a table of architectures: with its norms made elementwise and every linear's output cut
 loose, an entry of the output matters to an entry of the next linear's input exactly where the gradient is not zero (the groups
 are those of LLM-Pruner, arXiv 2305.11627, section 3.1, and of EfficientLLM, 2502.06663, figure 2). Query heads that share a key
-and value vanish together. Knows structure alone: what a group is worth is `saliency`'s, how it vanishes `shrink`'s.
+and value vanish together. Knows structure alone: what a group is worth is `efficientllm`'s business, how it vanishes `shrink`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import Block, Call, Decoder, Linear, eager_experts
+from ..patterns import one_of
 
 
 KINDS = ("heads", "ffn", "hidden")
@@ -59,14 +59,14 @@ class Axis:
         block: its index; None of the residual stream.
         inputs: linears that read the groups, each with its member's `index` among their inputs: what a second-order update
             changes.
-        width: entries of the linears' input in one group: heads of one key and value times their size; else 1.
+        norms: that take the mean over the groups.
     """
 
     kind: str
     block: int | None
     members: list[Member]
     inputs: list[tuple[Linear, Member]] = field(default_factory=list)
-    norms: list[nn.Module] = field(default_factory=list)  # that take the mean over the groups
+    norms: list[nn.Module] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -77,10 +77,6 @@ class Axis:
     def numel(self) -> int:
         """Numbers that vanish with one group."""
         return sum(member.numel for member in self.members)
-
-    def sums(self, values: Callable[[nn.Parameter], Tensor]) -> Tensor:
-        """Sum over each whole group of what `values(parameter)` gives, shaped like it: (groups,) float32."""
-        return torch.stack([member.sums(values(member.parameter)).cpu() for member in self.members]).sum(0)
 
 
 @dataclass(eq=False)
@@ -102,8 +98,7 @@ class Groups:
         Raises:
             ValueError: an unknown kind, or one that this model cannot lose.
         """
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+        one_of("kind", kind, KINDS)
         if kind in self.refused:
             allowed = ", ".join(self.axes) or "nothing"
             name = type(self.decoder.model).__name__
@@ -189,9 +184,8 @@ class _Structure:
     def __init__(self, block: Block, call: Call, hidden: Tensor, config: Any):
         self.found: dict[str, _Found] = {}
         self.refused: dict[str, str] = {}
-        self.mixture = any(linear.expert is not None for linear in block.linears) or bool(
-            [name for name, reason in block.left_dense.items() if reason == "router"]
-        )
+        fused = any(linear.expert is not None for linear in block.linears)
+        self.mixture = fused or "router" in block.left_dense.values()
         own = [linear for linear in block.linears if linear.expert is None and linear.called]
         self._names = [linear.name.removeprefix(f"{block.name}.") for linear in own]
         module = copy.deepcopy(block.module).double().requires_grad_(True)
@@ -199,18 +193,17 @@ class _Structure:
         x = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(block.device).requires_grad_()
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
-        with torch.enable_grad(), contextlib.ExitStack() as stack:
+        with torch.enable_grad():
             self._entered = _elementwise_norms(module)
             for name in self._names:
-                child = module.get_submodule(name)
-                stack.callback(child.register_forward_hook(self._cut_loose(name)).remove)
+                module.get_submodule(name).register_forward_hook(self._cut_loose(name))
             Call(_doubled(call.args), _doubled(call.kwargs)).run(Block(block.name, module), x)
             order = [name for name in self._names if name in self._outputs]
             reads = {name: self._sources(name, order, x) for name in order}
             self.readers = [name for name in order if reads[name] is None]
             self.writers = [name for name in order if reads[name] is not None]
             for writer in self.writers:
-                self._axis(module, writer, reads[writer], hidden.shape[-1], config, call)
+                self._axis(module, writer, reads[writer], config, call)
         if self.mixture:
             self.refused["ffn"] = "a mixture of experts chooses among its FFNs, and its router has learned which"
             self.found.pop("ffn", None)
@@ -230,16 +223,16 @@ class _Structure:
     def _sources(self, name: str, order: list[str], x: Tensor) -> list[str] | None:
         """The linears whose outputs a linear reads; None if it reads the residual stream."""
         entry = self._inputs[name]
-        leaves = [self._outputs[other] for other in order if other != name]
+        names = [other for other in order if other != name]
+        leaves = [self._outputs[other] for other in names]
         if not entry.requires_grad:
             return None
         of_stream, *rest = torch.autograd.grad(_weighted(entry), [x, *leaves], allow_unused=True, retain_graph=True)
         if of_stream is not None and bool(of_stream.any()):
             return None
-        names = [other for other in order if other != name]
         return [other for other, g in zip(names, rest) if g is not None and bool(g.any())]
 
-    def _axis(self, module: nn.Module, writer: str, sources: list[str], d: int, config: Any, call: Call) -> None:
+    def _axis(self, module: nn.Module, writer: str, sources: list[str], config: Any, call: Call) -> None:
         entry = self._inputs[writer]
         leaves = [self._outputs[name] for name in sources]
         mixes = torch.autograd.grad(entry[:, -1].sum(), leaves, allow_unused=True, retain_graph=True)

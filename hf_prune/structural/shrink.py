@@ -23,8 +23,8 @@ _FIELDS = {
 }
 
 
-def config_with(groups: Groups, counts: dict[str, int]) -> tuple[Any, nn.Module]:
-    """The model's config with as many groups of each kind as `counts` says, others stay; and a model of it without weights.
+def built_with(groups: Groups, counts: dict[str, int]) -> nn.Module:
+    """A model without weights of the model's config, but as many groups of each kind as `counts` says; others stay.
 
     Raises:
         ValueError: no config of this architecture has that shape.
@@ -45,7 +45,7 @@ def config_with(groups: Groups, counts: dict[str, int]) -> tuple[Any, nn.Module]
             f"{type(config).__name__} cannot say {_words(counts)}: {wrong[0]} would be {found.get(wrong[0])}, not "
             f"{wanted[wrong[0]]}."
         )
-    return config, fresh
+    return fresh
 
 
 def illegal(config: Any) -> str | None:
@@ -87,7 +87,7 @@ def check(groups: Groups) -> None:
         try:
             if axes[0].count < 2:
                 raise ValueError("there is only one")
-            config_with(groups, {kind: axes[0].count - 1})
+            built_with(groups, {kind: axes[0].count - 1})
         except ValueError as error:
             groups.refused[kind] = str(error)
             del groups.axes[kind]
@@ -115,8 +115,8 @@ def remove(groups: Groups, drop: dict[Axis, Tensor], optimizer: torch.optim.Opti
     for kind in counts:
         if any(axis not in drop for axis in groups.of(kind)):
             raise ValueError(f"{kind} must go from all blocks: a config has one number for all of them.")
-    _, fresh = config_with(groups, counts)
-    before, values = {kind: groups.of(kind)[0].count for kind in counts}, _values(groups, counts)
+    fresh = built_with(groups, counts)
+    before, changed = {kind: groups.of(kind)[0].count for kind in counts}, _values(groups, counts)
     cuts = {axis: [(member, *_cut(member, positions)) for member in axis.members] for axis, positions in drop.items()}
     _check_state(optimizer, {member.parameter for found in cuts.values() for member, *_ in found})
     states = _first_states(groups) if "hidden" in counts else None
@@ -126,7 +126,7 @@ def remove(groups: Groups, drop: dict[Axis, Tensor], optimizer: torch.optim.Opti
             _shrink(member.parameter, member.dim, kept, optimizer)
             member.index = index
     _adopt(model, fresh)
-    for name, value in values.items():
+    for name, value in changed.items():
         setattr(model.config, name, value)
     for axis in drop:
         factor = (before[axis.kind] / axis.count) ** 0.5
