@@ -6,8 +6,30 @@ holds fp32 whatever the model's dtype. Nothing here knows a model; padding never
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def _onednn() -> Iterator[None]:
+    """Products of fp32 on a CPU with AVX-512 by oneDNN, in 3/4 of the time of torch's default where that is not Intel's.
+
+    Where a CPU multiplies bfloat16 in tiles (AMX), oneDNN rounds the factors to bfloat16 and adds their products up in fp32:
+    a Gram matrix is then the exact one of the rounded activations, positive semidefinite as ever.
+    """
+    precision = getattr(torch.backends.mkldnn, "matmul", None)
+    if precision is None:  # torch < 2.9
+        yield
+        return
+    before = precision.fp32_precision
+    precision.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        precision.fp32_precision = before
 
 
 class ActivationNorm:
@@ -55,8 +77,9 @@ class Hessian:
         n = x.shape[1]
         # Block rows of the upper triangle only: little more than half the products of x^T x.
         step = 96 if x.device.type == "cpu" else n
-        for i in range(0, n, step):
-            self.gram[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
+        with _onednn() if x.device.type == "cpu" else contextlib.nullcontext():
+            for i in range(0, n, step):
+                self.gram[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
 
     def is_finite(self) -> bool:
         return bool(self.gram.diagonal().isfinite().all())

@@ -166,5 +166,6 @@ def test_statistics_are_sums_over_all_batches():
     assert torch.allclose(hessian.gram.triu(), (x.t() @ x).triu(), rtol=1e-3, atol=1e-1)
     feedback, curvature, damping = hessian.factor(0.01)
     full = x.t() @ x
+    assert torch.get_float32_matmul_precision() == "highest"  # what products of other modules use is as it was
     full += 0.01 * full.diagonal().mean() * torch.eye(256)
     assert torch.allclose(feedback * curvature @ feedback.t(), full, rtol=1e-3, atol=full.max() * 1e-5)
