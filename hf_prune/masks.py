@@ -124,7 +124,8 @@ class Masks(MutableMapping[str, Tensor]):
                 raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
             if tuple(parameters[name].shape) != self.shape(name):
                 raise ValueError(
-                    f"the masks are not of this model: {name} is {tuple(parameters[name].shape)}, its mask {self.shape(name)}."
+                    f"the masks do not belong to this model: {name} has shape {tuple(parameters[name].shape)}, its mask "
+                    f"{self.shape(name)}. Take the masks that were saved with it."
                 )
         return {name: parameters[name] for name in self}
 

@@ -105,6 +105,8 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         self.removed = known.get("removed", [])
         if known.get("saliency"):
             self._saliency.restore(known["saliency"])
+        if self._compensation:  # of a training that was interrupted
+            self._compensation.close()
         if self._compensates:
             self._compensation = Compensation(self._groups, self._plan.kinds_of(self._groups))
         first, last = self._span(state.max_steps)
