@@ -15,6 +15,8 @@ os.environ.update(
     HF_ENDPOINT=HUB.url, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=tempfile.mkdtemp()
 )
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Before torch is imported, and for every process that a test starts. Two workers with two threads each wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
 import pytest
 import torch
@@ -23,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 
 transformers.logging.set_verbosity_error()
-torch.set_num_threads(2)
 
 _BASE = dict(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
