@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/ready  ## the tests, about five minutes
+test: $(VENV)/ready  ## the tests, about two minutes
 	$(VENV)/bin/python -m pytest -q -n 2
 
 # The oldest kind of transformers that is supported, where experts are separate modules and decoder layers return tuples.

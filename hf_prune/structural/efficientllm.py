@@ -253,7 +253,8 @@ class Compensation:
             if not torch.is_grad_enabled():  # an evaluation, or the first run of a checkpointed block
                 return
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            gram = x.t() @ x / len(x)
+            with torch.autocast(x.device.type, enabled=False):
+                gram = x.t() @ x / len(x)
             self.grams[key] = torch.lerp(gram, self.grams[key], self.decay) if key in self.grams else gram
 
         return hook
