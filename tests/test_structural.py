@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, ids_for, in_two_processes, make, snapshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -16,6 +17,7 @@ from hf_prune.structural.efficientllm import Compensation, Plan, Saliency, block
 from hf_prune.structural.shrink import illegal
 
 
+NEW = transformers.__version__ >= "5"
 ALL = {"heads", "ffn", "hidden"}
 CAN_LOSE = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "starcoder2", "granite"], ALL),
@@ -39,8 +41,8 @@ def doubled(family, **changes):
                 return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (module.weight + offset)
 
             module.forward = forward
-        if hasattr(module, "scalar_embed_scale"):
-            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
+        if hasattr(module, "embed_scale"):  # Gemma 3
+            module.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=torch.float64)
     return model
 
 
@@ -55,7 +57,7 @@ def emptied(groups, kind, share=0.25, seed=3):
     return drop
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if NEW or f != "mpt"])  # 4.57's MPT has no float64
 def test_removal_after_zeroing_changes_nothing(family):
     source = doubled(family)
     groups = groups_of(source)
@@ -352,8 +354,9 @@ def test_one_shot_refuses(llama):
     before = snapshot(llama)
     with pytest.raises(ValueError, match="taylor"):
         hf_prune.PruningConfig("wanda", pattern="heads:0.5")
-    with pytest.raises(ValueError, match="no model of this architecture"):
-        llama.prune(config(pattern="hidden:0.1"), ids_for())
+    if NEW:  # 4.57 builds a Llama of any width
+        with pytest.raises(ValueError, match="no model of this architecture"):
+            llama.prune(config(pattern="hidden:0.1"), ids_for())
     with pytest.raises(ValueError, match="resume_dir"):
         llama.prune(config(parameters=0.5), ids_for(), resume_dir="journal")
     with pytest.raises(ValueError, match="calibration"):

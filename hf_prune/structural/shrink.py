@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .groups import Axis, Groups
 
@@ -21,6 +22,16 @@ _FIELDS = {
     "ffn": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "hidden": ("hidden_size", "word_embed_proj_dim"),
 }
+
+
+class _NumbersAreReal(TorchFunctionMode):
+    """Within `torch.device("meta")` what `torch.tensor` makes has values, such as the scale of Gemma's embedding."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor:
+            kwargs = {**({"dtype": torch.float64} if isinstance(args[0], float) else {}), **kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def built_with(groups: Groups, counts: dict[str, int]) -> nn.Module:
@@ -34,7 +45,7 @@ def built_with(groups: Groups, counts: dict[str, int]) -> nn.Module:
     for name, value in _values(groups, counts).items():
         setattr(config, name, value)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NumbersAreReal():
             fresh = type(model)(config)
     except Exception as error:  # an architecture's own checks
         raise ValueError(f"{type(config).__name__} allows no {_words(counts)}: {error}") from error
@@ -224,10 +235,9 @@ def _adopt(model: nn.Module, fresh: nn.Module) -> None:
             same = mine.__dict__.get(attribute)
             if type(value) in (int, float, tuple) and type(same) is type(value) and same != value:
                 setattr(mine, attribute, copy.copy(value))
-        for attribute, buffer in mine.named_buffers(recurse=False):
-            value = getattr(mine, f"scalar_{attribute}", None)
-            if buffer.numel() == 1 and isinstance(value, float):
-                buffer.fill_(value)
+        for attribute, buffer in module.named_buffers(recurse=False):
+            if attribute in module._non_persistent_buffers_set and buffer.numel() == 1 and not buffer.is_meta:
+                mine._buffers[attribute].copy_(buffer)
 
 
 def _root_mean_square(norm: nn.Module) -> float | None:
