@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--recovery", type=float, default=0.5)
     parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--compensate", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--kinds", nargs="*", help="that may go; default all")
+    parser.add_argument("--kinds", nargs="*", default=["ffn"], help="that may go; none are all")
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     torch.set_num_threads(2)

@@ -150,7 +150,7 @@ def trained(model, folder, callback, resume=None, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("options", [{"parameters": 0.6}, {"parameters": 0.6, "compensate": True}, {"parameters": 0.5, "kinds": ("ffn",)}, {"parameters": 6000}, {"counts": {"heads": 1, "ffn": 40, "hidden": 24}}])  # fmt: skip
+@pytest.mark.parametrize("options", [{"parameters": 0.6, "kinds": None}, {"parameters": 0.6, "kinds": None, "compensate": True}, {"parameters": 0.5}, {"parameters": 6000, "kinds": None}, {"counts": {"heads": 1, "ffn": 40, "hidden": 24}}])  # fmt: skip
 def test_shrinks_while_it_trains(options, tmp_path):
     model = make("llama")
     before = block_parameters(groups_of(model))
@@ -194,9 +194,9 @@ def test_moments_are_cut_with_their_parameters(llama):
 @pytest.mark.parametrize("at", [4, 8])
 def test_resumes_as_if_uninterrupted(at, tmp_path):
     whole = make("llama")
-    trained(whole, tmp_path / "a", EfficientLLMCallback(0.7), save_strategy="steps", save_steps=at)
+    trained(whole, tmp_path / "a", EfficientLLMCallback(0.7, kinds=None), save_strategy="steps", save_steps=at)
     again = make("llama")
-    trained(again, tmp_path / "b", EfficientLLMCallback(0.7), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
+    trained(again, tmp_path / "b", EfficientLLMCallback(0.7, kinds=None), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
     different = {k for k, v in again.config.to_dict().items() if v != whole.config.to_dict()[k]}
     assert different <= {"architectures", "dtype"}  # which saving sets
     after = snapshot(whole)
@@ -287,11 +287,11 @@ def test_two_processes(tmp_path):
     code = """
 import test_structural as t
 model = t.make("llama")
-t.trained(model, "run", t.EfficientLLMCallback(0.6), per_device_train_batch_size=2)
+t.trained(model, "run", t.EfficientLLMCallback(0.6, kinds=None), per_device_train_batch_size=2)
 """
     first, _ = in_two_processes(tmp_path, code)
     alone = make("llama")
-    trained(alone, tmp_path / "alone", EfficientLLMCallback(0.6))
+    trained(alone, tmp_path / "alone", EfficientLLMCallback(0.6, kinds=None))
     assert {name: p.shape for name, p in first.items()} == {name: p.shape for name, p in alone.state_dict().items()}
 
 
@@ -300,7 +300,7 @@ t.trained(model, "run", t.EfficientLLMCallback(0.6), per_device_train_batch_size
 def test_ways_to_train(changes, compensate, tmp_path):
     model = make("llama")
     before = block_parameters(groups_of(model))
-    trained(model, tmp_path, EfficientLLMCallback(0.7, compensate=compensate), **changes)
+    trained(model, tmp_path, EfficientLLMCallback(0.7, kinds=None, compensate=compensate), **changes)
     assert block_parameters(groups_of(model)) <= 0.7 * before
 
 
@@ -308,7 +308,7 @@ def config(**values):
     return hf_prune.PruningConfig("taylor", n_samples=6, sequence_length=24, **values)
 
 
-@pytest.mark.parametrize("values", [{"pattern": "heads:0.5,ffn:0.25"}, {"pattern": "hidden:0.25"}, {"parameters": 0.7}, {"parameters": 0.7, "method_options": {"compensate": False, "order": 1}}, {"parameters": 0.7, "method_options": {"kinds": ["ffn"]}}])  # fmt: skip
+@pytest.mark.parametrize("values", [{"pattern": "heads:0.5,ffn:0.25"}, {"pattern": "hidden:0.25"}, {"parameters": 0.7}, {"parameters": 0.7, "method_options": {"kinds": None, "compensate": False, "order": 1}}, {"parameters": 0.7, "method_options": {"kinds": ["heads", "ffn"]}}])  # fmt: skip
 def test_one_shot(values, tmp_path):
     model = make("llama").train()
     before = block_parameters(groups_of(model))
@@ -316,8 +316,11 @@ def test_one_shot(values, tmp_path):
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     if "parameters" in values:
         assert 0.6 * before < block_parameters(groups_of(model)) <= 0.7 * before
-        if "kinds" in values.get("method_options", {}):
+        kinds = values.get("method_options", {}).get("kinds", ["ffn"])
+        if kinds == ["ffn"]:
             assert (model.config.num_key_value_heads, model.config.hidden_size) == (2, 32)
+        elif kinds:
+            assert model.config.hidden_size == 32
     elif "ffn" in values["pattern"]:
         assert (model.config.num_key_value_heads, model.config.num_attention_heads, model.config.intermediate_size) == (
             1,

@@ -160,7 +160,7 @@ class Plan:
             if not smallest <= self.target(total) < total:
                 raise ValueError(
                     f"parameters={self.parameters} means {self.target(total):,} in the blocks, which have {total:,}; the smallest shape "
-                    f"with fewer {', '.join(kinds)} has {smallest:,}."
+                    f"with fewer {', '.join(kinds)} has {smallest:,}. It can lose: {', '.join(groups.axes)} (kinds=)."
                 )
 
     def _smallest(self, groups: Groups, kinds: tuple[str, ...]) -> int:
