@@ -79,6 +79,12 @@ def same(model, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.fixture(autouse=True)
+def no_mixed_precision_left(monkeypatch):
+    """`TrainingArguments(bf16=True)` of transformers 4.57 leaves it in the environment, for every training after it."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 @pytest.fixture
 def hub():
     """An empty Hub on localhost, where huggingface_hub looks; `hub.fault` makes it fail."""
