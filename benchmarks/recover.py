@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_prune
+from hf_prune.mixin import forget_quantization
 
 
 PRUNED = ("magnitude,50%", "wanda,2:4", "sparsegpt,2:4")
@@ -45,7 +46,7 @@ def load():
 
     def fresh():
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        model.hf_quantizer, model.is_quantized = None, False  # Trainer takes what was read from a GGUF file for quantized
+        forget_quantization(model)
         return model
 
     return fresh, tokenizer

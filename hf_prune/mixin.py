@@ -80,7 +80,7 @@ class PruningMixin:
                 given = "a model with masks" if state else " and ".join(name for name, value in extra.items() if value)
                 raise ValueError(f"{given}: not with '{config.pattern}'. Take whole groups out first, then prune what is left.")
             report = shrink_model(self, config, calibration, tokenizer)
-            _forget_quantization(self)
+            forget_quantization(self)
             return report
 
         def keep(masks: Masks, report: PruningReport) -> None:
@@ -101,7 +101,7 @@ class PruningMixin:
             reconstruct=reconstruct,
             keep=keep,
         )
-        _forget_quantization(self)
+        forget_quantization(self)
         return report
 
     @property
@@ -121,8 +121,9 @@ class PruningMixin:
         return state.report if state else None
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
-    if is_dequantized(model):  # plain weights by now, but transformers would refuse to save them
+def forget_quantization(model: PreTrainedModel) -> None:
+    """A model that was read from a GGUF file has plain weights by now, but transformers would neither save nor train it."""
+    if is_dequantized(model):
         model.hf_quantizer = None
         model.is_quantized = False
         del model.config.quantization_config

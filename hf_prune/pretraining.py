@@ -34,8 +34,9 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
         counts: or kind -> number of groups to be left in each block: "heads" (of keys and values, with their query heads), "ffn",
             "hidden" (channels of the residual stream).
-        kinds: that may go with `parameters`; None are all that the model can lose. On SmolLM2-135M at 0.7, trained on 41,000 tokens,
-            FFN channels alone gave a perplexity of 49.8, all kinds 114.4: the saliency holds the width for cheaper than it is.
+        kinds: that may go with `parameters`; None are all that the model can lose. On SmolLM2-135M at 0.7, compensated
+            and trained on 41,000 tokens, FFN channels alone gave a perplexity of 49.8, all kinds 114.4: the saliency holds the width
+            for cheaper than it is.
         together: kind -> how many go at a time, so that multiples that kernels like last; None is 8 of "ffn" and "hidden".
         warm_up, recovery: shares of the steps before the first and after the last removal; between them the number of
             parameters falls linearly.
@@ -213,7 +214,7 @@ def plot(log: list[dict[str, Any]], path: str | Path) -> None:
 
     Raises:
         ValueError: no entries of an `EfficientLLMCallback`.
-        ImportError: matplotlib is not installed (`pip install hf-prune[plot]`).
+        ImportError: matplotlib is not installed (`pip install 'hf-prune[plot]'`).
     """
     from matplotlib.figure import Figure
 

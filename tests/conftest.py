@@ -23,8 +23,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from hf_prune.methods import REGISTRY
+
 
 transformers.logging.set_verbosity_error()
+MASKING = [name for name in sorted(REGISTRY) if not REGISTRY[name].structural]  # the methods that leave masks
 
 _BASE = dict(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

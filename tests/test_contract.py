@@ -5,13 +5,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import FAMILIES, ids_for, make, same, snapshot
+from conftest import FAMILIES, MASKING, ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM
 
 import hf_prune
 from hf_prune import Decoder, PruningConfig
 from hf_prune.blocks import run_lockstep
-from hf_prune.methods import REGISTRY
 from hf_prune.patterns import NM
 
 
@@ -90,7 +89,7 @@ def test_every_family(family, method, pattern, tmp_path):
     assert reloaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 23)
 
 
-@pytest.mark.parametrize("method", [name for name in sorted(REGISTRY) if not REGISTRY[name].structural])
+@pytest.mark.parametrize("method", MASKING)
 @pytest.mark.parametrize("pattern", ["unstructured:0.3", "2:4"])
 @pytest.mark.parametrize("propagate", ["linear", "block"])
 def test_every_method(method, pattern, propagate):
@@ -106,7 +105,7 @@ def test_every_method(method, pattern, propagate):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", [name for name in sorted(REGISTRY) if not REGISTRY[name].structural])
+@pytest.mark.parametrize("method", MASKING)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_half_precision(dtype, method, family):
     model = make(family, dtype=dtype).train()

@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from conftest import MASKING
 
 from hf_prune import GBLM, RIA, Magnitude, SparseGPT, Wanda
 from hf_prune.methods import REGISTRY
@@ -135,7 +136,7 @@ def test_fixed_mask_is_only_refitted(pattern):
     assert after < before
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if not REGISTRY[name].structural])
+@pytest.mark.parametrize("name", MASKING)
 def test_old_zeros_stay(name):
     weight, x = problem()
     gradients = [torch.randn_like(weight)]

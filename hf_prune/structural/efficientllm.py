@@ -76,11 +76,7 @@ class Saliency:
     def lowest(self, gone: dict[str, int]) -> dict[Axis, Tensor]:
         """For every axis of each kind the positions of the `gone[kind]` groups that are worth least; nothing of kinds with 0."""
         kinds = [kind for kind, count in gone.items() if count]
-        return {axis: self.order_of(axis)[: gone[kind]] for kind in kinds for axis in self.groups.of(kind)}
-
-    def order_of(self, axis: Axis) -> Tensor:
-        """Positions of the groups, the one that is worth least first."""
-        return self.of(axis).argsort(stable=True)
+        return {axis: self.of(axis).argsort(stable=True)[: gone[kind]] for kind in kinds for axis in self.groups.of(kind)}
 
     def forget(self, drop: dict[Axis, Tensor]) -> None:
         """Of the groups at positions `drop[axis]`, which vanish."""
@@ -190,7 +186,7 @@ def chosen(groups: Groups, saliency: Saliency, plan: Plan, surplus: int) -> dict
         Axis -> positions, as many in every axis of a kind; empty if nothing may go.
     """
     kinds, within = plan.kinds_of(groups), {id(p) for p in groups.decoder.parameters}
-    order = {axis: saliency.order_of(axis) for kind in kinds for axis in groups.of(kind)}
+    values = {axis: saliency.of(axis).sort().values for kind in kinds for axis in groups.of(kind)}
     gone = dict.fromkeys(kinds, 0)
     lost = 0
     while lost < surplus:
@@ -199,7 +195,7 @@ def chosen(groups: Groups, saliency: Saliency, plan: Plan, surplus: int) -> dict
             axes, step = groups.of(kind), plan.step(kind, groups)
             if axes[0].count - gone[kind] - step >= step:
                 size = sum(axis.numel for axis in axes) if plan.per_parameter else 1
-                worth = sum(float(saliency.of(a)[order[a][gone[kind] : gone[kind] + step]].sum()) for a in axes)
+                worth = sum(float(values[axis][gone[kind] : gone[kind] + step].sum()) for axis in axes)
                 costs[kind] = worth / (size * step)
         if not costs:
             break

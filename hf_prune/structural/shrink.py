@@ -25,12 +25,12 @@ _FIELDS = {
 
 
 class _NumbersAreReal(TorchFunctionMode):
-    """Within `torch.device("meta")` what `torch.tensor` makes has values, such as the scale of Gemma's embedding."""
+    """Within `torch.device("meta")` a tensor of one float has its value, such as the scale of Gemma's embedding."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor:
-            kwargs = {**({"dtype": torch.float64} if isinstance(args[0], float) else {}), **kwargs, "device": "cpu"}
+        if func is torch.tensor and args and isinstance(args[0], float):
+            kwargs = {"dtype": torch.float64, **kwargs, "device": "cpu"}
         return func(*args, **kwargs)
 
 
