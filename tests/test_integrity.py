@@ -235,9 +235,10 @@ def test_a_failed_save_leaves_the_old_folder(saved, tmp_path, monkeypatch):
 
 
 _KILLER = """
-import os, shutil, signal, sys, time
-import torch
+import os, shutil, signal, sys, threading, time
+import torch, tqdm
 torch.set_num_threads(1)  # a fork has no other threads
+tqdm.tqdm.set_lock(threading.RLock())  # its own lies in shared memory: a fork that is killed within it would hold it for ever
 import hf_prune
 
 saved, folder = sys.argv[1:]

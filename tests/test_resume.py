@@ -90,12 +90,13 @@ def test_a_damaged_journal_is_an_error(tmp_path, name):
 
 
 _KILLER = """
-import os, shutil, signal, sys, time
+import os, shutil, signal, sys, threading, time
 sys.path.insert(0, "tests")
-import torch
+import torch, tqdm
 torch.set_num_threads(1)  # a fork has no other threads
 from test_resume import *
 import hf_prune
+tqdm.tqdm.set_lock(threading.RLock())  # its own lies in shared memory: a fork that is killed within it would hold it for ever
 
 journal, folder = sys.argv[1:]
 
