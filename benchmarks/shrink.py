@@ -1,11 +1,13 @@
 """Shrinking while training: SmolLM2-135M to a share of its block parameters, in several ways, at equal tokens and final size.
 
-python benchmarks/shrink.py texts.jsonl [--ways efficientllm random one-shot scratch dense] [--seeds 0 1 2] [--steps 120] [--out results]
+python benchmarks/shrink.py texts.jsonl --out results [--ways efficientllm random one-shot scratch] [--seeds 0 1 2] [--steps 100]
 
 `texts.jsonl` has some hundred documents; every tenth is held out. "random": the same schedule and kinds, groups by chance.
-"one-shot": Taylor saliency takes all groups out at once, then the same number of steps trains what is left. "scratch": the
-final shape of "efficientllm", from random weights. A demonstration on 10^5 tokens; the paper has 10^10. Two threads, bfloat16
-autocast. With --out, tables and figures (PNG) of parameters, kinds and saliency over the steps are written there.
+"one-shot": Taylor saliency takes all groups out at once, and the same number of steps trains what is left. "scratch": the final
+shape of "efficientllm", from random weights, at ten times the rate. A demonstration on 10^5 tokens; the paper has 10^10.
+bfloat16 autocast. Runs found in results/shrink.json are not run again; the table in results/shrink.md has them all, and
+results/shrink.png the first of "efficientllm". The last steps' seconds and the bytes of parameters, gradients and moments at the
+end are told beside, and with --forward the forward pass of the first result against the source's.
 """
 
 import argparse
@@ -23,7 +25,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers
 from recover import load, packed
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_prune
 from hf_prune.structural import groups_of
@@ -41,8 +44,26 @@ class Random(hf_prune.EfficientLLMCallback):
             saliency.values[axis] = values.mean() * (0.5 + torch.rand(len(values), generator=generator))
 
 
+class Pace(TrainerCallback):
+    """Seconds of each step, and at the end the bytes that training holds for the parameters."""
+
+    def __init__(self):
+        self.seconds, self.bytes = [], 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == state.max_steps - 1:
+            held = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if torch.is_tensor(t)]
+            self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._began)
+
+
 def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, counts: dict | None) -> dict:
-    model, callbacks = fresh(), []
+    model, callbacks, pace = fresh(), [], Pace()
     what = {"order": args.order, "compensate": args.compensate}
     options = {"warm_up": args.warm_up, "recovery": args.recovery, **what}
     kinds = tuple(args.kinds) if args.kinds else None
@@ -51,6 +72,7 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
     elif way == "random":
         callbacks = [Random(counts=counts, **options)]
     elif way == "one-shot":
+        some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:32]]
         config = hf_prune.PruningConfig(
             "taylor",
             parameters=args.share,
@@ -59,7 +81,7 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
             seed=seed,
             method_options={**what, "kinds": kinds},
         )
-        model.prune(config, train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:32]])
+        model.prune(config, some)
     elif way == "scratch":
         config = model.config
         config.num_key_value_heads, config.intermediate_size, config.hidden_size = (
@@ -68,6 +90,7 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
         config.num_attention_heads = 3 * counts["heads"]
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.set_attn_implementation("eager")  # faster than the fused kernel on a CPU at this length
     rows = [{"input_ids": row, "labels": row} for row in train]
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,62 +99,96 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
             warmup_steps=args.steps // 10, weight_decay=0.0, bf16=True, save_strategy="no", report_to=[], logging_steps=1,
             use_cpu=True, seed=seed,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[*callbacks, pace])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     groups = groups_of(model)
+    if args.forward and way == "efficientllm":
+        forward(fresh(), model, held)
     return {
-        "way": way, "seed": seed, "perplexity": hf_prune.perplexity(model, None, held).perplexity,
-        "block_parameters": block_parameters(groups), "counts": {kind: axes[0].count for kind, axes in groups.axes.items()},
-        "seconds": time.perf_counter() - begun, "log": [e for e in trainer.state.log_history if "loss" in e],
+        "way": way, "seed": seed, "steps": args.steps, "options": {**options, "rate": args.rate, "share": args.share, "kinds": args.kinds},
+        "perplexity": hf_prune.perplexity(model, None, held).perplexity, "block_parameters": block_parameters(groups),
+        "counts": {kind: axes[0].count for kind, axes in groups.axes.items()}, "seconds": time.perf_counter() - begun,
+        "step": statistics.median(pace.seconds[-args.steps // 10 :]), "bytes": pace.bytes,
+        "log": [e for e in trainer.state.log_history if "loss" in e and way == "efficientllm"],
     }  # fmt: skip
+
+
+@torch.no_grad()
+def forward(source, smaller, held) -> None:
+    """Prints how much faster the smaller model's forward pass is than the source's, and how many fewer FLOPs it has."""
+    ids, models, flops, seconds = held[:1], (source.eval(), smaller.eval()), [], ([], [])
+    for model in models:
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids)
+        flops.append(counter.get_total_flops())
+    for _ in range(12):  # in turn, so that both see the same machine
+        for model, found in zip(models, seconds):
+            begun = time.perf_counter()
+            model(input_ids=ids)
+            found.append(time.perf_counter() - begun)
+    fewer, faster = flops[0] / flops[1], min(seconds[0]) / min(seconds[1])
+    print(f"forward of {ids.numel()} tokens: {fewer:.2f}x fewer FLOPs, {faster:.2f}x faster ({faster / fewer:.2f} of that)")
+
+
+def table(results: list[dict]) -> str:
+    """Means over the seeds, as markdown."""
+    lines = [
+        "| way | held-out perplexity, mean (each seed) | blocks, M | seconds a step at the end | GB of parameters, gradients, moments |",
+        "|---|---|---|---|---|",
+    ]
+    for way in dict.fromkeys(r["way"] for r in results):
+        of = sorted((r for r in results if r["way"] == way), key=lambda r: r["seed"])
+        each = ", ".join(f"{r['perplexity']:.2f}" for r in of)
+        mean, step = (statistics.mean(r[key] for r in of) for key in ("perplexity", "step"))
+        lines.append(
+            f"| {way} | **{mean:.2f}** ({each}) | {of[0]['block_parameters'] / 1e6:.1f} | {step:.2f} | {of[0]['bytes'] / 1e9:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts")
-    parser.add_argument("--ways", nargs="*", default=["efficientllm", "random", "one-shot", "scratch", "dense"])
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--ways", nargs="*", default=["efficientllm", "random", "one-shot", "scratch"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--share", type=float, default=0.7)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--warm-up", type=float, default=0.05)
     parser.add_argument("--recovery", type=float, default=0.5)
     parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--compensate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--kinds", nargs="*", default=["ffn"], help="that may go; none are all")
-    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--forward", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     fresh, tokenizer = load()
     texts = [json.loads(line)["text"] for line in open(args.texts, encoding="utf-8")]
     train = packed([t for i, t in enumerate(texts) if i % 10 != 9], tokenizer, 512)
     held = packed(texts[9::10], tokenizer, 512)
-    results = []
-    print(f"{'way':<14}{'seed':>5}{'held out':>10}{'blocks, M':>11}{'heads':>7}{'ffn':>6}{'hidden':>8}{'seconds':>9}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "shrink.json"
+    results = json.loads(file.read_text()) if file.exists() else []
     for seed in args.seeds:
-        counts = None
         for way in args.ways:
+            if any((r["way"], r["seed"]) == (way, seed) for r in results):
+                continue
+            counts = next((r["counts"] for r in results if r["way"] == "efficientllm"), None)
             r = run(way, seed, args, train, held, fresh, counts)
-            counts = r["counts"] if way == "efficientllm" else counts
+            shape = ", ".join(f"{count} {kind}" for kind, count in r["counts"].items())
+            print(f"{way}, seed {seed}: {r['perplexity']:.2f} with {shape} in {r['seconds']:.0f} s", flush=True)
             results.append(r)
-            c = r["counts"]
-            print(
-                f"{way:<14}{seed:>5}{r['perplexity']:>10.2f}{r['block_parameters'] / 1e6:>11.2f}{c['heads']:>7}{c['ffn']:>6}"
-                f"{c['hidden']:>8}{r['seconds']:>9.0f}", flush=True,
-            )  # fmt: skip
-    for way in args.ways:
-        found = [r["perplexity"] for r in results if r["way"] == way]
-        print(f"{way:<14} mean {statistics.mean(found):.2f} from {min(found):.2f} to {max(found):.2f}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "shrink.json").write_text(json.dumps(results, indent=1) + "\n")
-        if importlib.util.find_spec("matplotlib"):
-            from hf_prune.pretraining import plot
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "shrink.md").write_text(table(results))
+    print(table(results))
+    if importlib.util.find_spec("matplotlib"):
+        from hf_prune.pretraining import plot
 
-            log = next(r["log"] for r in results if r["way"] == "efficientllm")
-            plot(log, args.out / "shrink.png")
+        plot(next(r["log"] for r in results if r["way"] == "efficientllm"), args.out / "shrink.png")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from .structural.shrink import illegal, shape_to
 
 logger = logging.get_logger(__name__)
 
+_GRAMS = "efficientllm_gram"
+
 
 class EfficientLLMCallback(TrainerCallback, ExportableState):
     """Shrinks the model of a `Trainer` while it trains, until it has its target size (EfficientLLM, arXiv 2502.06663).
@@ -97,7 +99,9 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         self._find(model)
         self._handle = model.register_load_state_dict_pre_hook(self._take_shape)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if self._groups is None or self._groups.decoder.model is not model:
             self._find(model, begun=bool(state.global_step))
         self._saliency = Saliency(self._groups, self._order, self._decay)
@@ -107,11 +111,11 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         self.removed = known.get("removed", [])
         if known.get("saliency"):
             self._saliency.restore(known["saliency"])
-        if self._compensation:  # of a training that was interrupted
-            self._compensation.close()
-        if self._compensates:
-            self._compensation = Compensation(self._groups, self._plan.kinds_of(self._groups))
+        self._close_compensation()  # of a training that was interrupted
         first, last = self._span(state.max_steps)
+        if self._compensates and state.global_step < last:
+            grams = optimizer.param_groups[0].setdefault(_GRAMS, {})  # checkpoints hold what the optimizer holds
+            self._compensation = Compensation(self._groups, self._plan.kinds_of(self._groups), grams=grams)
         if first >= last:
             raise ValueError(
                 f"the {state.max_steps} steps leave none to remove anything in: make them more, or warm_up and recovery less."
@@ -129,15 +133,16 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         drop = self._drop(done)
         if step == last:
             drop = made_legal(self._groups, drop, self._saliency, self._plan)
-        if not drop:
-            return
-        if self._compensation:
-            self._compensation.apply(drop)
-        remove(self._groups, drop, optimizer)
-        self._saliency.forget(drop)
-        for kind in {axis.kind: None for axis in drop}:
-            self.removed.append((step, kind, len(next(d for axis, d in drop.items() if axis.kind == kind))))
-        _rebuild(model)
+        if drop:
+            if self._compensation:
+                self._compensation.apply(drop)
+            remove(self._groups, drop, optimizer)
+            self._saliency.forget(drop)
+            for kind in {axis.kind: None for axis in drop}:
+                self.removed.append((step, kind, len(next(d for axis, d in drop.items() if axis.kind == kind))))
+            _rebuild(model)
+        if step == last:
+            self._close_compensation(optimizer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self._groups is None or logs is None or "loss" not in logs:
@@ -152,11 +157,12 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         if state.log_history:
             state.log_history[-1].update(more)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         if self._handle:
             self._handle.remove()
-        if self._compensation:
-            self._compensation.close()
+        self._close_compensation(optimizer)
         left = block_parameters(self._groups)
         if reason := illegal(model.config):
             logger.error(f"the model has a shape that cannot be loaded: {reason} Training ended before its last removal.")
@@ -174,6 +180,13 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         check(self._groups)
         if not begun:
             self._plan.check(self._groups)
+
+    def _close_compensation(self, optimizer: Any = None) -> None:
+        if self._compensation:
+            self._compensation.close()
+        if optimizer:
+            optimizer.param_groups[0].pop(_GRAMS, None)
+        self._compensation = None
 
     def _take_shape(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
         if self._groups.decoder.model is model:

@@ -191,12 +191,16 @@ def test_moments_are_cut_with_their_parameters(llama):
     optimizer.step()
 
 
-@pytest.mark.parametrize("at", [4, 8])
-def test_resumes_as_if_uninterrupted(at, tmp_path):
+@pytest.mark.parametrize("at, compensate", [(4, False), (8, False), (4, True), (11, True)])
+def test_resumes_as_if_uninterrupted(at, compensate, tmp_path):
+    def callback():
+        return EfficientLLMCallback(0.7, kinds=None, compensate=compensate)
+
     whole = make("llama")
-    trained(whole, tmp_path / "a", EfficientLLMCallback(0.7, kinds=None), save_strategy="steps", save_steps=at)
+    trained(whole, tmp_path / "a", callback(), save_strategy="steps", save_steps=at)
     again = make("llama")
-    trained(again, tmp_path / "b", EfficientLLMCallback(0.7, kinds=None), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
+    trainer = trained(again, tmp_path / "b", callback(), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
+    assert set(trainer.optimizer.param_groups[0]) == set(torch.optim.AdamW(again.parameters()).param_groups[0]) | {"initial_lr"}
     different = {k for k, v in again.config.to_dict().items() if v != whole.config.to_dict()[k]}
     assert different <= {"architectures", "dtype"}  # which saving sets
     after = snapshot(whole)
@@ -287,7 +291,7 @@ def test_two_processes(tmp_path):
     code = """
 import test_structural as t
 model = t.make("llama")
-t.trained(model, "run", t.EfficientLLMCallback(0.6, kinds=None), per_device_train_batch_size=2)
+t.trained(model, "run", t.EfficientLLMCallback(0.6, kinds=None, compensate=True), per_device_train_batch_size=2)
 """
     first, _ = in_two_processes(tmp_path, code)
     alone = make("llama")

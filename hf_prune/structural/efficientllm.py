@@ -227,24 +227,31 @@ class Compensation:
     Args:
         damping: of the mean diagonal.
         decay: of the running mean over forward passes.
+        grams: by the name of a linear that reads the input, (in, in) float32; filled, and gone on from, in place.
     """
 
-    def __init__(self, groups: Groups, kinds: tuple[str, ...], damping: float = 0.01, decay: float = 0.9):
+    def __init__(
+        self,
+        groups: Groups,
+        kinds: tuple[str, ...],
+        damping: float = 0.01,
+        decay: float = 0.9,
+        grams: dict[str, Tensor] | None = None,
+    ):
         self.damping, self.decay = damping, decay
-        self.grams: dict[tuple, Tensor] = {}
-        self._of: dict[Axis, list[tuple[Linear, Member, tuple]]] = {}
+        self.grams = {} if grams is None else grams
+        self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
         self._handles = []
-        heard: set[tuple] = set()
+        first: dict[tuple, str] = {}  # linears that share an input share its Gram matrix
         for kind in kinds:
             for axis in groups.of(kind):
                 for linear, member in axis.inputs:
-                    key = (linear.name.rsplit(".", 2)[0], linear.group)  # linears that share an input share its Gram matrix
+                    key = first.setdefault((linear.name.rsplit(".", 2)[0], linear.group), linear.name)
                     self._of.setdefault(axis, []).append((linear, member, key))
-                    if key not in heard:
-                        heard.add(key)
+                    if key == linear.name:
                         self._handles.append(linear.module.register_forward_pre_hook(self._listen(key)))
 
-    def _listen(self, key: tuple):
+    def _listen(self, key: str):
         def hook(module, args):
             if not torch.is_grad_enabled():  # an evaluation, or the first run of a checkpointed block
                 return
@@ -257,8 +264,15 @@ class Compensation:
 
     @torch.no_grad()
     def apply(self, drop: dict[Axis, Tensor]) -> None:
-        """Changes the readers of the groups at positions `drop[axis]`, in place, before those are removed; cuts the Gram matrices."""
-        cut: dict[tuple, Tensor] = {}
+        """Changes the readers of the groups at positions `drop[axis]`, in place, before those are removed; cuts the Gram matrices.
+
+        Every process must call it with the same groups: they take the mean of their Gram matrices first.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for key in {key: None for axis in drop for _, _, key in self._of.get(axis, ()) if key in self.grams}:
+                torch.distributed.all_reduce(self.grams[key])
+                self.grams[key] /= torch.distributed.get_world_size()
+        cut: dict[str, Tensor] = {}
         for axis, positions in drop.items():
             for linear, member, key in self._of.get(axis, ()):
                 if key not in self.grams:
