@@ -21,7 +21,7 @@ test-legacy:
 	$(PYTHON) -m venv .venv-legacy
 	.venv-legacy/bin/pip install --quiet torch==2.13.0
 	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6'
-	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py
+	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
