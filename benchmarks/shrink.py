@@ -157,7 +157,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--warm-up", type=float, default=0.05)
-    parser.add_argument("--recovery", type=float, default=0.5)
+    parser.add_argument("--recovery", type=float, default=0.2)
     parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--compensate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--kinds", nargs="*", default=["ffn"], help="that may go; none are all")

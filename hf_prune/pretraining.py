@@ -58,7 +58,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         kinds: tuple[str, ...] | None = ("ffn",),
         together: dict[str, int] | None = None,
         warm_up: float = 0.05,
-        recovery: float = 0.3,
+        recovery: float = 0.2,
         every: int = 1,
         order: int = 2,
         decay: float = 0.9,
