@@ -236,16 +236,20 @@ def run_lockstep(
     on_input: Callable[[Linear, Tensor], None],
     on_complete: Callable[[Linear], None],
     store: torch.device | None = None,
+    lowest: Callable[[int], int] = int,
 ) -> None:
     """Runs all batches through `block` together, in place in `hidden`, pausing each at the linears on its way.
 
     `on_input(linear, x)` is told of every batch's input (tokens, in) at the first linear of a group; when all batches that
     need that group are there, `on_complete(linear)` may change its weights, and only then do they go on. So one pass both
     collects and propagates, in the memory that the batches hold at that one point rather than that of all intermediates.
+
+    `lowest(position)` is asked where to go on, given the next group in line here: other processes run other batches.
     """
     done: set = set()
     main = greenlet.getcurrent()
-    ranks = {linear.group: linear.rank for linear in reversed(linears)}
+    line = sorted({linear.group: linear for linear in reversed(linears)}.values(), key=lambda linear: linear.rank)
+    position = {linear.group: i for i, linear in enumerate(line)}
 
     def arrive(linear: Linear, x: Tensor) -> None:
         if linear.group not in done:
@@ -269,8 +273,8 @@ def run_lockstep(
         try:
             for i in range(len(batches)):
                 resume(i, i)
-            while paused:
-                first = min(paused.values(), key=lambda linear: ranks[linear.group])
+            while (at := lowest(min((position[x.group] for x in paused.values()), default=len(line)))) < len(line):
+                first = line[at]
                 watching.paused = True  # products within are not calls of the block
                 on_complete(first)
                 watching.paused = False
