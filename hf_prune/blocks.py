@@ -23,6 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 
+Store = Callable[[Tensor], Tensor]  # moves hidden states to where they wait between blocks
+
+
 @dataclass(eq=False)
 class Linear:
     """One prunable weight, always seen as (out, in)."""
@@ -181,11 +184,11 @@ class Decoder:
             raise ValueError(f"{type(self.model).__name__} does not run the blocks that it holds.")
 
     @torch.no_grad()
-    def capture(self, batches: list[Tensor], store: torch.device | None = None) -> tuple[list[Tensor], list[list[Call]]]:
+    def capture(self, batches: list[Tensor], store: Store = lambda x: x) -> tuple[list[Tensor], list[list[Call]]]:
         """What reaches the blocks for each batch of `ids` (sequences, length).
 
         Returns:
-            The hidden states before block 0, a tensor (sequences, length, d) a batch, on device `store` if that is given;
+            The hidden states before block 0, a tensor (sequences, length, d) a batch, where `store` moves it;
             and `calls[block][batch]`: every block's own arguments, which differ between sliding-window and full attention.
         """
         states: list[Tensor] = []
@@ -199,7 +202,7 @@ class Decoder:
                 else:
                     hidden, rest = args[0], args[1:]
                 if index == 0:
-                    states.append(hidden.to(store))
+                    states.append(store(hidden))
                 kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
                 calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
                 return (hidden, *block.rest_of_output) if block.returns_tuple else hidden
@@ -235,7 +238,7 @@ def run_lockstep(
     linears: list[Linear],
     on_input: Callable[[Linear, Tensor], None],
     on_complete: Callable[[Linear], None],
-    store: torch.device | None = None,
+    store: Store = lambda x: x,
     lowest: Callable[[int], int] = int,
 ) -> None:
     """Runs all batches through `block` together, in place in `hidden`, pausing each at the linears on its way.
@@ -257,7 +260,7 @@ def run_lockstep(
             main.switch(linear)
 
     def forward(i: int) -> None:
-        hidden[i] = calls[i].run(block, hidden[i]).to(store)
+        hidden[i] = store(calls[i].run(block, hidden[i]))
 
     with watch(block, arrive, linears) as watching:
         batches = [greenlet(forward) for _ in calls]

@@ -203,9 +203,7 @@ class _Loader:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         plan = model._get_dtype_plan(model.dtype)
-        self._how = LoadStateDictConfig(
-            device_map={"": device}, dtype=model.dtype, dtype_plan=plan, weight_mapping=mapping
-        )
+        self._how = LoadStateDictConfig(device_map={"": device}, dtype=model.dtype, dtype_plan=plan, weight_mapping=mapping)
 
     def target(self, key: str) -> str:
         """The name in the model that the tensor `key` goes into, or the first of several."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -116,6 +118,18 @@ class Journal:
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
+
+
+def on_disk(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """`tensor` mapped from a file in `folder` that has no name and goes with it; memory holds of it what there is room for.
+
+    Raises:
+        OSError: no room.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(tensor.nbytes, 1))  # else a full disk would end the process
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -57,7 +57,7 @@ class PruningMixin:
             tokenizer: for text.
             masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
-            store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+            store: where hidden states wait between blocks: a device, such as "cpu" for a model on a GPU, or "disk".
             resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a
                 result equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it
                 when the model is saved. Methods that need no data take seconds and keep no journal.

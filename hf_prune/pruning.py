@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Block, Decoder, Linear, as_it_was
+from .blocks import Block, Decoder, Linear, Store, as_it_was
 from .calibration import batches_of, calibration_sequences
 from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
 from .gradients import gradients_by_block, model_gradients
-from .journal import Journal, fingerprint
+from .journal import Journal, fingerprint, on_disk
 from .masks import Masks
 from .patterns import NM, Pattern
 from .ranks import Ranks
@@ -137,7 +138,7 @@ def prune_model(
                     plan,
                     batches,
                     probe=sequences[0][None, :64],
-                    store=None if store is None else torch.device(store),
+                    store=_storage(store, checkpoint.work if checkpoint else None),
                     gradient_samples=len(ranks.share(sequences[:first])) if by_block else None,
                     journal=journal,
                 )
@@ -307,6 +308,14 @@ def _gradients(
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
     norms = {name: GradientNorm.of(sums[name].to(p.device), method.order, len(samples)) for name, p in parameters.items()}
     return lambda block: norms
+
+
+def _storage(store: str | torch.device | None, folder: Path | None) -> Store:
+    """What moves hidden states to `store`: nothing at all, a device, or "disk": files in `folder`, or temporary ones."""
+    if store == "disk":
+        return partial(on_disk, folder=folder)
+    device = None if store is None else torch.device(store)
+    return lambda x: x.to(device)
 
 
 def _batch_tokens(model: PreTrainedModel, device: torch.device, sequences: list[Tensor]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .blocks import Block, Call, Decoder, Linear, eager_experts, run_lockstep, watch
+from .blocks import Block, Call, Decoder, Linear, Store, eager_experts, run_lockstep, watch
 from .gradients import block_gradients
 from .journal import Journal
 from .masks import Masks
@@ -122,7 +122,7 @@ def prune_blocks(
     plan: Plan,
     batches: list[Tensor],
     probe: Tensor,
-    store: torch.device | None = None,
+    store: Store = lambda x: x,
     gradient_samples: int | None = None,
     journal: Journal | None = None,
 ) -> list[BlockReport]:
@@ -132,7 +132,7 @@ def prune_blocks(
         batches: ids (sequences, length) each, without padding; one sequence each where `gradient_samples` is given. Of several
             processes each has batches of its own.
         probe: ids (1, length); the error of a block is measured on them.
-        store: where hidden states wait; None keeps them where the blocks are.
+        store: moves hidden states to where they wait.
         gradient_samples: how many batches have a block-wise backward pass, for methods of scope "block".
         journal: where finished blocks are kept, and taken from.
 
@@ -160,7 +160,13 @@ def prune_blocks(
                 if gradient_samples is not None:
                     some = slice(min(gradient_samples, len(batches)))
                     work.gradients = block_gradients(
-                        block, calls[index][some], hidden[some], work.linears, plan.method.order, plan.method.by_token, plan.ranks
+                        block,
+                        calls[index][some],
+                        hidden[some],
+                        work.linears,
+                        plan.method.order,
+                        plan.method.by_token,
+                        plan.ranks,
                     )
                 arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
                 inputs = list(states) if how else []
@@ -176,10 +182,10 @@ def prune_blocks(
                     for parameter in work.parameters.values():
                         plan.before_change(parameter)
                     reconstruction = reconstruct_block(parts, plan.masks, arguments, inputs, targets, how)
-                    states = [call.run(block, x).to(store) for call, x in zip(arguments, inputs)]
+                    states = [store(call.run(block, x)) for call, x in zip(arguments, inputs)]
                     dense = targets[-1] if dense else []
                 after = calls[index][-1].run(block, hidden[-1])
-                hidden = [*states, after.to(store)]
+                hidden = [*states, store(after)]
                 calls[index].clear()
                 error = _relative(after - before, before)
                 reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports(), reconstruction))
@@ -216,7 +222,7 @@ class _BlockWork:
         self._reports: dict[str, LinearReport] = {}
         self._inputs: dict = {}
 
-    def in_one_pass(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
+    def in_one_pass(self, calls: list[Call], states: list[Tensor], store: Store) -> None:
         """propagate="linear"; `states` become the block's outputs, in place."""
         heard = self._listener(len(calls))
         run_lockstep(
@@ -225,7 +231,7 @@ class _BlockWork:
         )  # fmt: skip
         self._prune_unreached()
 
-    def in_two_passes(self, calls: list[Call], states: list[Tensor], store: torch.device | None) -> None:
+    def in_two_passes(self, calls: list[Call], states: list[Tensor], store: Store) -> None:
         """propagate="block"; `states` become the block's outputs, in place."""
         first = {group[0] for group in self.groups.values()}
         heard = self._listener(len(calls))
@@ -247,7 +253,7 @@ class _BlockWork:
                     pass
         self.prune_all()
         for i, (call, state) in enumerate(zip(calls, states)):
-            states[i] = call.run(self.block, state).to(store)
+            states[i] = store(call.run(self.block, state))
 
     def prune_all(self) -> None:
         """Prunes every linear of the block, those without an input by magnitude."""
@@ -334,7 +340,9 @@ class _BlockWork:
         reports = ranks.gathered([self._reports.get(linear.name) for linear in task.linears])[owner]
         for linear, report in zip(task.linears, reports):
             mine = owner == ranks.index
-            mask = linear.matrix(self.masks[linear.parameter_name]) if mine else torch.empty(linear.weight.shape, dtype=torch.bool)
+            mask = (
+                linear.matrix(self.masks[linear.parameter_name]) if mine else torch.empty(linear.weight.shape, dtype=torch.bool)
+            )
             weight = ranks.sent(linear.weight, owner)
             mask = ranks.sent(mask.to(weight.device), owner)
             if not mine:

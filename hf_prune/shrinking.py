@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .blocks import as_it_was
 from .calibration import batches_of
+from .checkpoint import check_finite
 from .config import PruningConfig
 from .pruning import base_of, check_model, count_peak, described, sequences_for, versions
 from .report import PruningReport

@@ -51,7 +51,7 @@ def prune_checkpoint(
         dst: folder to write; it must not be there.
         config, calibration, tokenizer, tokens_per_batch: as for `model.prune`.
         device: where blocks are computed.
-        store: device on which hidden states wait between blocks.
+        store: where hidden states wait between blocks: a device, or "disk"; None leaves them where blocks are computed.
 
     Raises:
         ValueError, TypeError: anything that cannot be done as asked, before a file is written.

@@ -12,7 +12,17 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"patterns", "statistics", "masks", "undo", "atomic", "blocks", "ranks"},
     {"methods", "perp", "structural"},
-    {"calibration", "gradients", "report", "journal", "checkpoint", "sequential", "evaluation", "reconstruction", "distillation"},
+    {
+        "calibration",
+        "gradients",
+        "report",
+        "journal",
+        "checkpoint",
+        "sequential",
+        "evaluation",
+        "reconstruction",
+        "distillation",
+    },
     {"config", "pruning", "shrinking"},
     {
         "compact",
