@@ -168,6 +168,7 @@ def main():
     parser.add_argument("--overhead", action="store_true", help="on SmolLM2-135M, from folder to folder")
     parser.add_argument("--folder", default=None, help="where the files go; default is a temporary folder")
     parser.add_argument("--plot", help="PNG of peak memory over depth")
+    parser.add_argument("--json", action="store_true", help="print each result as JSON too")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -192,6 +193,8 @@ def main():
             for method in args.methods:
                 dst, other = place / "dst", place / "memory"
                 found = run(args, src, dst, method, "stream", args.limit)
+                if found and args.json:
+                    print(json.dumps({"method": method, **found}), flush=True)
                 if found:
                     peaks[method].append(found["peak"] / GB)
                     print(

@@ -189,8 +189,12 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
+        if hasattr(parameter, "placements"):  # a DTensor
+            raise ValueError(f"{name} is sharded over processes: load the model whole, or call hf_prune.prune_checkpoint.")
         if parameter.is_meta and not streamed:
-            raise ValueError(f"{name} is offloaded (device 'meta'): load the model without that, for example device_map='cpu'.")
+            raise ValueError(
+                f"{name} is offloaded (device 'meta'): load the model without that, or call hf_prune.prune_checkpoint."
+            )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not is_dequantized(model):
         raise ValueError(f"the model is quantized ({type(quantizer).__name__}): prune in bfloat16 or float32, then quantize.")

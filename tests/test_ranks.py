@@ -82,7 +82,7 @@ try:
     model.prune(PruningConfig("sparsegpt", **SMALL), ids_for(), resume_dir=sys.argv[2] + "/journal")
 except RuntimeError as error:
     assert "another process ended" in str(error), error
-    assert same(model, before) and len(blocks) == 2
+    assert same(model, before)
     os._exit(5)
 """
 
