@@ -8,6 +8,7 @@ a part is worked on, a thread reads the next one. What is written is a shard a p
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,6 +72,8 @@ class Checkpoint:
         if unused := sorted(set(files).difference(*self._keys.values())):
             logger.warning(f"{source}: {len(unused)} tensors are not of this model and are left out, such as {unused[0]}.")
         self._places = _places(model, self._names)
+        for module in model.modules():
+            module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
         self._checked: set[int | None] = set()
         self._reader = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future] | None = None
@@ -78,8 +81,8 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """Names, sizes and times of the files."""
-        return json.dumps(self._at_first)
+        """Of names, sizes and times of the files."""
+        return hashlib.sha256(json.dumps(self._at_first).encode()).hexdigest()[:16]
 
     @contextlib.contextmanager
     def present(self, part: int | None) -> Iterator[None]:

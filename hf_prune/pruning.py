@@ -103,7 +103,7 @@ def prune_model(
                 "tokens_per_batch": str(tokens_per_batch),
                 "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
             }
-            ranks.check_same(identity)
+            ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
             if checkpoint:
                 journal = CheckpointJournal(checkpoint, identity)

@@ -336,20 +336,16 @@ class _BlockWork:
 
     def _exchange(self, task: _Task, owner: int) -> None:
         """Takes over what process `owner` made of the linears of `task`."""
-        ranks = self.plan.ranks
+        ranks, mine = self.plan.ranks, owner == self.plan.ranks.index
         reports = ranks.gathered([self._reports.get(linear.name) for linear in task.linears])[owner]
         for linear, report in zip(task.linears, reports):
-            mine = owner == ranks.index
-            mask = (
-                linear.matrix(self.masks[linear.parameter_name]) if mine else torch.empty(linear.weight.shape, dtype=torch.bool)
-            )
-            weight = ranks.sent(linear.weight, owner)
-            mask = ranks.sent(mask.to(weight.device), owner)
             if not mine:
                 self.plan.before_change(linear.parameter)
-                linear.weight.copy_(weight)
-                self._remember(linear, mask)
+                self._remember(linear, torch.empty(linear.weight.shape, dtype=torch.bool))
                 self._reports[linear.name] = report
+            linear.weight.copy_(ranks.sent(linear.weight, owner))
+            mask = linear.matrix(self.masks[linear.parameter_name])
+            mask.copy_(ranks.sent(mask.to(linear.parameter.device), owner))
 
     def _remember(self, linear: Linear, mask: Tensor) -> None:
         name = linear.parameter_name

@@ -71,7 +71,9 @@ def prune_checkpoint(
         raise ValueError(f"{dst} exists already, and would appear only when it is complete: remove it or give another folder.")
     check_writable(target)
     model = _skeleton(source, str(src))
-    old = PruningState.load(source).masks if getattr(model.config, "pruning_config", None) else None
+    old = PruningState.load(source) if getattr(model.config, "pruning_config", None) else None
+    if old and old.compact:
+        raise ValueError(f"{src} is compact: make it ordinary with hf_prune.expand({str(src)!r}, ...) first.")
     work = target.with_name(f"{target.name}{UNFINISHED}")
     checkpoint = Checkpoint(model, source, work, torch.device(device), ranks)
 
@@ -87,7 +89,7 @@ def prune_checkpoint(
         config,
         calibration,
         tokenizer,
-        old_masks=old,
+        old_masks=old and old.masks,
         tokens_per_batch=tokens_per_batch,
         store=store,
         keep=keep,
