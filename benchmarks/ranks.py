@@ -59,7 +59,8 @@ def run(args, method: str, propagate: str, out: str, count: int) -> list:
     command = [sys.executable, __file__, "--ids", args.ids, "--samples", str(args.samples), "--child", method, propagate, out]
     environments = [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
     processes = [subprocess.Popen(command, env=environment) for environment in environments]
-    if any([process.wait() for process in processes]):
+    codes = [process.wait() for process in processes]
+    if any(codes):
         raise SystemExit("a process failed")
     return [torch.load(f"{out}-{i}.pt") for i in range(count)]
 
