@@ -156,6 +156,7 @@ def prune_blocks(
                 continue
             with block.present():
                 work = _BlockWork(plan, block)
+                work.gradients = plan.gradients_of(block)
                 before = calls[index][-1].run(block, hidden[-1])
                 if gradient_samples is not None:
                     some = slice(min(gradient_samples, len(batches)))
@@ -213,7 +214,7 @@ class _BlockWork:
         self.parameters = {linear.parameter_name: linear.parameter for linear in self.linears}
         if plan.reconstruction:  # all of them may change
             self.parameters = {f"{block.name}.{name}": p for name, p in block.module.named_parameters()}
-        self.gradients = plan.gradients_of(block)
+        self.gradients: dict[str, GradientNorm] = {}
         self.groups: dict = {}
         for linear in self.linears:
             self.groups.setdefault(linear.group, []).append(linear)
