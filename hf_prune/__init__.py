@@ -15,6 +15,7 @@ from .pruning import prune_model
 from .reconstruction import Reconstruction
 from .report import PruningReport
 from .serialization import load
+from .streaming import prune_checkpoint
 from .sweep import sweep_learning_rate
 
 
@@ -23,7 +24,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
-    "calibration_sequences", "expand", "install", "load", "perplexity", "prune_iteratively", "prune_model", "reconstruct", "register",
+    "calibration_sequences", "expand", "install", "load", "perplexity", "prune_checkpoint", "prune_iteratively", "prune_model", "reconstruct", "register",
     "sweep_learning_rate",
 ]  # fmt: skip
 

@@ -68,6 +68,13 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def move_whole(fresh: Path, target: Path) -> None:
+    """Gives the complete folder `fresh` the name `target`, beside it, once it is on the disk."""
+    _flush(fresh)
+    fresh.rename(target)
+    _flush_entry(target.parent)
+
+
 def check_writable(folder: str | Path) -> None:
     """Finds out before long work whether `folder` can be written after it; leaves nothing behind.
 

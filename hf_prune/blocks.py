@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+
+Store = Callable[[Tensor], Tensor]  # moves hidden states to where they wait between blocks
 
 
 @dataclass(eq=False)
@@ -87,37 +91,52 @@ class Block:
     left_dense: dict[str, str] = field(default_factory=dict)  # parameter that looks like a linear -> why it is none
     rest_of_output: tuple = ()
     returns_tuple: bool = False
+    present: Callable[[], AbstractContextManager] = contextlib.nullcontext  # within, the parameters of `module` are there
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
 
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The decoder blocks of `model`, their linears not yet known.
+
+    Raises:
+        ValueError: no stack of blocks.
+    """
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(child, GradientCheckpointingLayer) for child in module)
+    ]
+    if not stacks:
+        raise ValueError(f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers.")
+    name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    return [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
+
+
 class Decoder:
     """The blocks of a causal language model, found and tried once.
+
+    Args:
+        present: for a model whose weights are elsewhere: `present(i)` is a context within which those of block `i` are there,
+            `present(None)` one for all that is outside of blocks.
 
     Raises:
         ValueError: no stack of blocks, or blocks that do not simply follow one another.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, present: Callable[[int | None], AbstractContextManager] | None = None):
         self.model = model
         self.body = getattr(model, model.base_model_prefix, model)
-        stacks = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module)
-            and all(isinstance(child, GradientCheckpointingLayer) for child in module)
-        ]
-        if not stacks:
-            raise ValueError(
-                f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers."
-            )
-        name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-        self.blocks = [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
-        for block in self.blocks:
+        self.blocks = blocks_of(model)
+        self.outside_present = partial(present, None) if present else contextlib.nullcontext
+        for index, block in enumerate(self.blocks):
             block.linears = list(_linears_of(block))
+            if present:
+                block.present = partial(present, index)
         self._trace()
 
     @property
@@ -135,6 +154,8 @@ class Decoder:
         previous: Tensor | None = None
 
         def before(module, args, kwargs):
+            visit.enter_context(by_module[module].present())
+            visit.enter_context(watch(by_module[module], lambda linear, x: calls.append((linear, x)), discover=True))
             hidden = args[0] if args else kwargs["hidden_states"]
             if previous is not None and not (hidden is previous or torch.equal(hidden.to(previous.device), previous)):
                 raise ValueError(
@@ -149,12 +170,13 @@ class Decoder:
             block.rest_of_output = tuple(output[1:]) if block.returns_tuple else ()
             _order(block, calls)
             calls.clear()
+            visit.close()
 
         by_module = {block.module: block for block in self.blocks}
-        with contextlib.ExitStack() as stack, torch.no_grad(), eager_experts(self.model):
+        with contextlib.ExitStack() as stack, torch.no_grad(), eager_experts(self.model), self.outside_present():
+            visit = stack.enter_context(contextlib.ExitStack())  # what holds as long as one block runs
             for block in self.blocks:
                 stack.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.enter_context(watch(block, lambda linear, x: calls.append((linear, x)), discover=True))
                 stack.callback(block.module.register_forward_hook(after).remove)
             ids = torch.arange(8, device=self.model.get_input_embeddings().weight.device)[None]
             self.body(input_ids=ids % self.model.get_input_embeddings().weight.shape[0], use_cache=False)
@@ -162,11 +184,11 @@ class Decoder:
             raise ValueError(f"{type(self.model).__name__} does not run the blocks that it holds.")
 
     @torch.no_grad()
-    def capture(self, batches: list[Tensor], store: torch.device | None = None) -> tuple[list[Tensor], list[list[Call]]]:
+    def capture(self, batches: list[Tensor], store: Store = lambda x: x) -> tuple[list[Tensor], list[list[Call]]]:
         """What reaches the blocks for each batch of `ids` (sequences, length).
 
         Returns:
-            The hidden states before block 0, a tensor (sequences, length, d) a batch, on device `store` if that is given;
+            The hidden states before block 0, a tensor (sequences, length, d) a batch, where `store` moves it;
             and `calls[block][batch]`: every block's own arguments, which differ between sliding-window and full attention.
         """
         states: list[Tensor] = []
@@ -180,20 +202,33 @@ class Decoder:
                 else:
                     hidden, rest = args[0], args[1:]
                 if index == 0:
-                    states.append(hidden.to(store))
+                    states.append(store(hidden))
                 kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
                 calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
                 return (hidden, *block.rest_of_output) if block.returns_tuple else hidden
 
             return forward
 
-        device = self.model.get_input_embeddings().weight.device
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.outside_present())
             for index, block in enumerate(self.blocks):
                 stack.enter_context(_replaced(block.module, "forward", stand_in(index, block)))
+            device = self.model.get_input_embeddings().weight.device
             for ids in batches:
                 self.body(input_ids=ids.to(device), use_cache=False)
         return states, calls
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of the `hidden` states that leave its last block, for `ids` (sequences, length)."""
+
+        def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:
+            output = hidden if block is self.blocks[-1] else kwargs.get("hidden_states", args[0] if args else None)
+            return (output, *block.rest_of_output) if block.returns_tuple else output
+
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(_replaced(block.module, "forward", partial(stand_in, block)))
+            return self.model(input_ids=ids.to(hidden.device), use_cache=False).logits
 
 
 def run_lockstep(
@@ -203,17 +238,21 @@ def run_lockstep(
     linears: list[Linear],
     on_input: Callable[[Linear, Tensor], None],
     on_complete: Callable[[Linear], None],
-    store: torch.device | None = None,
+    store: Store = lambda x: x,
+    lowest: Callable[[int], int] = int,
 ) -> None:
     """Runs all batches through `block` together, in place in `hidden`, pausing each at the linears on its way.
 
     `on_input(linear, x)` is told of every batch's input (tokens, in) at the first linear of a group; when all batches that
     need that group are there, `on_complete(linear)` may change its weights, and only then do they go on. So one pass both
     collects and propagates, in the memory that the batches hold at that one point rather than that of all intermediates.
+
+    `lowest(position)` is asked where to go on, given the next group in line here: other processes run other batches.
     """
     done: set = set()
     main = greenlet.getcurrent()
-    ranks = {linear.group: linear.rank for linear in reversed(linears)}
+    line = sorted({linear.group: linear for linear in reversed(linears)}.values(), key=lambda linear: linear.rank)
+    position = {linear.group: i for i, linear in enumerate(line)}
 
     def arrive(linear: Linear, x: Tensor) -> None:
         if linear.group not in done:
@@ -221,7 +260,7 @@ def run_lockstep(
             main.switch(linear)
 
     def forward(i: int) -> None:
-        hidden[i] = calls[i].run(block, hidden[i]).to(store)
+        hidden[i] = store(calls[i].run(block, hidden[i]))
 
     with watch(block, arrive, linears) as watching:
         batches = [greenlet(forward) for _ in calls]
@@ -237,8 +276,8 @@ def run_lockstep(
         try:
             for i in range(len(batches)):
                 resume(i, i)
-            while paused:
-                first = min(paused.values(), key=lambda linear: ranks[linear.group])
+            while (at := lowest(min((position[x.group] for x in paused.values()), default=len(line)))) < len(line):
+                first = line[at]
                 watching.paused = True  # products within are not calls of the block
                 on_complete(first)
                 watching.paused = False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .atomic import check_writable
 from .config import PruningConfig
+from .ranks import Ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-prune {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "the same command goes on from its journal." if getattr(args, "resume_dir", None) else "nothing was written."
+        keeps = getattr(args, "resume_dir", None) or getattr(args, "stream", False)
+        again = "the same command goes on from its journal." if keeps else "nothing was written."
         print(f"hf-prune {args.command}: interrupted; {again}", file=sys.stderr)
         return 130
 
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--compact", action="store_true", help="save only what the masks keep; hf_prune.load reads it")
     prune.add_argument("--resume-dir", help="folder for a journal; the same command goes on from it after an interruption")
+    prune.add_argument("--stream", action="store_true", help="from disk to disk, one block in memory; goes on when run again")
     prune.set_defaults(run=_prune)
 
     perplexity = commands.add_parser("perplexity", help="measure the perplexity of a text file")
@@ -105,11 +108,37 @@ def _prune(args) -> int:
     if config.needs_calibration and not args.calibration:
         raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")
     check_writable(args.output)
+    if args.stream:
+        return _stream(args, config)
     model, tokenizer = _load(args)
-    print(model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir))
-    model.save_pretrained(args.output, compact=args.compact)
-    tokenizer.save_pretrained(args.output)
-    print(f"saved to {args.output}")
+    report = model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir)
+    if Ranks.launched().index == 0:
+        print(report)
+        model.save_pretrained(args.output, compact=args.compact)
+        tokenizer.save_pretrained(args.output)
+        print(f"saved to {args.output}")
+    return 0
+
+
+def _stream(args, config: PruningConfig) -> int:
+    from transformers import AutoTokenizer
+
+    from .streaming import prune_checkpoint
+
+    given = {
+        "--compact": args.compact,
+        "--resume-dir": args.resume_dir,
+        "--gguf-file": args.gguf_file,
+        "--dtype": args.dtype != "auto",
+    }
+    if wrong := [option for option, value in given.items() if value]:
+        raise ValueError(
+            f"--stream writes weights as they are in safetensors, and goes on by itself: leave out {', '.join(wrong)}."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.model) if config.needs_calibration else None
+    report = prune_checkpoint(args.model, args.output, config, args.calibration, tokenizer, device=args.device)
+    if Ranks.launched().index == 0:
+        print(f"{report}\nsaved to {args.output}")
     return 0
 
 

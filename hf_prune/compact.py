@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 from transformers import modeling_utils
 
 from .atomic import readable
+from .checkpoint import INDEX
 from .masks import FORMAT_VERSION, Masks, bit_patterns, check_version, pack, unpack
 
 
 SIGN = "COMPACT_FOLDER--load_with_hf_prune.load--or_make_ordinary_with--hf-prune_expand_FOLDER_OUT.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _FORMAT = "hf_prune.values"
 _PIECE = 1 << 18  # weights that are unpacked together: they stay in the cache

@@ -8,16 +8,19 @@ one block (Wanda++, arXiv 2503.04992). What the sums are used for is the method'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from .blocks import Block, Call, Linear, _replaced, as_it_was
+from .blocks import Block, Call, Decoder, Linear, _replaced, as_it_was
 from .calibration import batches_of
+from .journal import Journal
+from .ranks import Ranks
 from .statistics import GradientNorm
 
 
@@ -32,9 +35,10 @@ def model_gradients(
     order: int,
     checkpointing: bool = False,
     by_token: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, GradientNorm]:
     """For each parameter of `linears`, the norm over `samples` (each ids (length,)) of the language-model loss's gradient; with
-    `by_token` over all tokens of all samples, but for fused experts.
+    `by_token` over all tokens of all samples, but for fused experts. Of several `ranks` each goes through a share of them.
 
     Raises:
         ValueError: a gradient is not finite, or a sample has no next token to predict.
@@ -55,17 +59,21 @@ def model_gradients(
             for block in blocks:
                 forward = partial(checkpoint, block.module.forward, use_reentrant=False)
                 stack.enter_context(_replaced(block.module, "forward", forward))
-        together = by_token and all(linear.expert is None for linear in linears)
-        batches = batches_of(samples, _BATCH_TOKENS) if together else [ids[None] for ids in samples]
-        for ids in tqdm(batches, desc="gradients", unit="batch"):
+        for ids in tqdm(_batches((ranks or Ranks()).share(samples), linears, by_token), desc="gradients", unit="batch"):
             logits = model(input_ids=ids.to(device), use_cache=False).logits
             logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
             del logits
-    return _finished(norms, len(samples))
+    return _finished(norms, len(samples), ranks)
 
 
 def block_gradients(
-    block: Block, calls: list[Call], hidden: list[Tensor], linears: list[Linear], order: int, by_token: bool = False
+    block: Block,
+    calls: list[Call],
+    hidden: list[Tensor],
+    linears: list[Linear],
+    order: int,
+    by_token: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, GradientNorm]:
     """The same of ||block(x)||_2 for each sequence of `hidden` (sequences, length, d), parameters of one block only."""
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
@@ -74,7 +82,86 @@ def block_gradients(
         for call, x in zip(calls, hidden):
             output = call.run(block, x.detach().requires_grad_(by_token).clone())
             output.backward(output.detach() / output.detach().float().norm().clamp_min(1e-30).to(output.dtype))
-    return _finished(norms, len(hidden))
+    return _finished(norms, sum((ranks or Ranks()).gathered(len(hidden))), ranks)
+
+
+def gradients_by_block(
+    decoder: Decoder, linears: list[Linear], samples: list[Tensor], method: Any, journal: Journal, ranks: Ranks
+) -> Callable[[Block], dict[str, GradientNorm]]:
+    """What `model_gradients` gives, equal bit for bit, for a model whose blocks are there one at a time; block -> its norms.
+
+    A forward pass keeps what reaches each block in `journal`; then each block, from the last to the first, is run again and turns
+    the gradient of what it gave into that of what it got.
+    """
+    if min(map(len, samples)) < 2:
+        raise ValueError("gradients of the language-model loss need calibration sequences of at least 2 tokens.")
+    by_token, longest, blocks = method.by_token, max(map(len, samples)) - 1, decoder.blocks
+    chosen, index_of = set(linears), {block: i for i, block in enumerate(blocks)}
+    batches = _batches(ranks.share(samples), linears, by_token)
+    states, calls = decoder.capture(batches)
+
+    def forward(index: int) -> dict[str, Tensor]:
+        with torch.no_grad(), blocks[index].present():
+            return _named(call.run(blocks[index], x) for call, x in zip(calls[index], states))
+
+    def loss() -> dict[str, Tensor]:
+        found = []
+        with torch.enable_grad(), decoder.outside_present():
+            device = decoder.model.get_input_embeddings().weight.device
+            for ids, x in zip(batches, states):
+                x = x.to(device).detach().requires_grad_()
+                logits = decoder.logits(ids, x.clone())
+                logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
+                found.append(x.grad)
+        return _named(found)
+
+    def backward(index: int) -> dict[str, Tensor]:
+        block, found = blocks[index], []
+        mine = [linear for linear in block.linears if linear in chosen]
+        with torch.enable_grad(), block.present():
+            parameters = {linear.parameter_name: linear.parameter for linear in mine}
+            norms = {name: GradientNorm(p.shape, method.order, p.device) for name, p in parameters.items()}
+            with _streamed(block.module, parameters, norms, 1 / longest, mine if by_token else []):
+                for call, x, gradient in zip(calls[index], states, gradients):
+                    x = x.to(block.device).detach().requires_grad_(index > 0 or by_token)
+                    call.run(block, x.clone()).backward(gradient.to(block.device))
+                    found.append(x.grad)
+        norms = _finished(norms, len(samples), ranks)
+        return {name: norm.sum for name, norm in norms.items()} | (_named(found) if index else {})
+
+    done = [(journal.folder / f"gradients-{i:05d}.safetensors").exists() for i in range(len(blocks))]
+    start = -ranks.lowest(-(done.index(True) if any(done) else len(blocks)))  # blocks whose gradients are still to be found
+    first = states
+    for i in tqdm(range(start), desc="forward", unit="block"):
+        states = _states(journal.tensors(f"states-{i + 1:05d}", partial(forward, i)))
+    gradients = _states(journal.tensors(f"gradients-{start:05d}", loss)) if start else []
+    for i in tqdm(reversed(range(start)), desc="gradients", unit="block", total=start):
+        states = _states(journal.tensors(f"states-{i:05d}", lambda: {})) if i else first
+        gradients = _states(journal.tensors(f"gradients-{i:05d}", partial(backward, i)))
+        journal.forget(f"states-{i + 1:05d}")
+
+    def norms_of(block: Block) -> dict[str, GradientNorm]:
+        sums = journal.tensors(f"gradients-{index_of[block]:05d}", lambda: {})
+        names = {linear.parameter_name for linear in block.linears if linear in chosen}
+        return {name: GradientNorm.of(sums[name].to(block.device), method.order, len(samples)) for name in names}
+
+    return norms_of
+
+
+def _named(states: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {f"{_STATE}{i:06d}": state for i, state in enumerate(states)}
+
+
+def _states(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in sorted(tensors) if name.startswith(_STATE)]
+
+
+_STATE = "state:"
+
+
+def _batches(samples: Sequence[Tensor], linears: list[Linear], by_token: bool) -> list[Tensor]:
+    together = by_token and all(linear.expert is None for linear in linears)
+    return batches_of(list(samples), _BATCH_TOKENS) if together else [ids[None] for ids in samples]
 
 
 @contextlib.contextmanager
@@ -158,8 +245,9 @@ def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:
 _KEEP_NO_OUTPUT = {"UnsafeViewBackward0", "MmBackward0"}
 
 
-def _finished(norms: dict[str, GradientNorm], samples: int) -> dict[str, GradientNorm]:
+def _finished(norms: dict[str, GradientNorm], samples: int, ranks: Ranks | None = None) -> dict[str, GradientNorm]:
     for name, norm in norms.items():
+        (ranks or Ranks()).add_up(norm.sum)
         norm.samples = samples  # an expert that a sample did not reach had a gradient of zero there
         if not norm.is_finite():
             raise ValueError(f"the gradient of {name} is not finite. Load the model in bfloat16 or float32.")

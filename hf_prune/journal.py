@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import readable, write_whole
+from .ranks import Ranks
 from .report import BlockReport
 
 
@@ -29,13 +32,15 @@ class Journal:
     Args:
         folder: made if it is not there.
         identity: what the result depends on, each as a short text.
+        ranks: the processes that prune together; each but the first has a folder of its own in `folder`.
 
     Raises:
         ValueError: the folder holds the journal of another pruning; says what differs.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, str]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, identity: dict[str, str], ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
+        self.folder = Path(folder, f"rank-{self.ranks.index}") if self.ranks.index else Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "journal.json"
         if path.exists():
@@ -57,7 +62,7 @@ class Journal:
     def finished(self) -> int:
         """How many blocks need not be done again."""
         hidden = [int(path.stem.removeprefix("hidden-")) for path in self.folder.glob("hidden-*.safetensors")]
-        return max((n for n in hidden if all(self._block(i).exists() for i in range(n))), default=0)
+        return self.ranks.lowest(max((n for n in hidden if all(self._block(i).exists() for i in range(n))), default=0))
 
     def save_block(
         self,
@@ -74,6 +79,7 @@ class Journal:
         write_whole(self._block(index), lambda path: save_file(tensors, path, metadata))
         states = {f"{i:06d}": state.detach().contiguous().cpu() for i, state in enumerate(hidden)}
         write_whole(self._hidden(index + 1), lambda path: save_file(states, path))
+        self.ranks.wait()  # as long as one of them has not come that far, all have to begin again before it
         self._hidden(index).unlink(missing_ok=True)
 
     def load_block(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], BlockReport]:
@@ -86,9 +92,9 @@ class Journal:
                 parameter.copy_(tensors[f"weight:{name}"])
             return {key.removeprefix("mask:"): mask for key, mask in tensors.items() if key.startswith("mask:")}, report
 
-    def hidden(self, like: list[Tensor]) -> list[Tensor]:
-        """The hidden states after the last finished block, on the devices of `like`."""
-        path = self._hidden(self.finished)
+    def hidden(self, finished: int, like: list[Tensor]) -> list[Tensor]:
+        """The hidden states after that many finished blocks, on the devices of `like`."""
+        path = self._hidden(finished)
         with _part(path):
             states = load_file(path)
             return [states[key].to(other.device) for key, other in zip(sorted(states), like, strict=True)]
@@ -96,18 +102,34 @@ class Journal:
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What an earlier run kept under `name`, or what `make` gives, kept from now on."""
         path = self.folder / f"{name}.safetensors"
-        if not path.exists():
+        if not self.ranks.lowest(path.exists()):
             made = {key: tensor.contiguous().cpu() for key, tensor in make().items()}
             write_whole(path, lambda temporary: save_file(made, temporary))
             return made
         with _part(path):
             return load_file(path)
 
+    def forget(self, name: str) -> None:
+        """Removes what `tensors` kept."""
+        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def _hidden(self, index: int) -> Path:
         return self.folder / f"hidden-{index:05d}.safetensors"
+
+
+def on_disk(tensor: Tensor, folder: Path | None = None) -> Tensor:
+    """`tensor` mapped from a file in `folder` that has no name and goes with it; memory holds of it what there is room for.
+
+    Raises:
+        OSError: no room.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, max(tensor.nbytes, 1))  # else a full disk would end the process
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from .atomic import readable
+from .atomic import readable, write_whole
 
 
 FORMAT_VERSION = 1
@@ -30,12 +30,15 @@ MASK_FILE = "masks.safetensors"
 class Masks(MutableMapping[str, Tensor]):
     """Maps a parameter's name (`"model.layers.0.mlp.up_proj.weight"`) to its mask: bool, shape of the parameter, True = kept.
 
+    Args:
+        folder: where the masks lie, instead of in memory.
+
     Attributes:
         patterns: parameter -> the pattern its mask was made for (`"2:4"`), where that is known.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor] | None = None):
-        self._packed: dict[str, tuple[numpy.ndarray, tuple[int, ...]]] = {}
+    def __init__(self, masks: Mapping[str, Tensor] | None = None, folder: Path | None = None):
+        self._packed: MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]] = MaskFolder(folder) if folder else {}
         self.patterns: dict[str, str] = {}
         for name, mask in (masks or {}).items():
             self[name] = mask
@@ -140,18 +143,31 @@ class Masks(MutableMapping[str, Tensor]):
 
     def save(self, folder: str | Path) -> str:
         """Writes `masks.safetensors` into `folder`: uint8 (..., ceil(in / 8)) a parameter, or (bytes,) if `coded`; shapes,
-        patterns and digest beside. Returns the digest."""
-        tensors = {name: packed for name, (packed, _) in self._packed.items()}
-        coded = {name: codes for name, packed in tensors.items() if (codes := _encode(packed, self.shape(name))) is not None}
+        patterns and digest beside. Returns the digest. One mask at a time is in memory, for those that lie on a disk."""
         metadata = {
             "format": "hf_prune.masks",
             "version": str(FORMAT_VERSION),
-            "shapes": json.dumps({name: list(shape) for name, (_, shape) in self._packed.items()}),
+            "shapes": json.dumps({name: list(self.shape(name)) for name in self}),
             "patterns": json.dumps(self.patterns),
-            "coded": json.dumps(sorted(coded)),
+            "coded": json.dumps(sorted(self)),
             "digest": self.digest(),
         }
-        save_file({**tensors, **coded}, Path(folder) / MASK_FILE, metadata)
+        longest = {name: _entry(self.shape(name), 1 << 60) for name in self}
+        room = len(json.dumps({"__metadata__": metadata, **longest})) // 8 * 8 + 8  # for the header, which is known in the end
+        header, coded, end = {}, [], 0
+        with open(Path(folder) / MASK_FILE, "wb") as file:
+            file.seek(8 + room)
+            for name in self:
+                data = self.packed(name)
+                if (codes := _encode(data, self.shape(name))) is not None:
+                    data = codes
+                    coded.append(name)
+                header[name] = _entry(data.shape, end, end + data.nbytes)
+                end += file.write(numpy.ascontiguousarray(data).data)
+            metadata["coded"] = json.dumps(sorted(coded))
+            text = json.dumps({"__metadata__": metadata, **header}).encode()
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + text.ljust(room))
         return metadata["digest"]
 
     @classmethod
@@ -186,6 +202,41 @@ class Masks(MutableMapping[str, Tensor]):
             if digest not in (None, metadata["digest"]):
                 raise ValueError(f"{path} is not the file that was saved with this model: its digest differs.")
         return masks
+
+
+def _entry(shape: tuple[int, ...], start: int, end: int = 1 << 60) -> dict:
+    """Of a tensor in the header of a safetensors file."""
+    return {"dtype": "U8", "shape": list(shape), "data_offsets": [start, end]}
+
+
+class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
+    """Packed masks and their shapes, of which none is in memory: a file each in `folder`, where an earlier run may have put some."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __setitem__(self, name: str, value: tuple[numpy.ndarray, tuple[int, ...]]) -> None:
+        metadata = {"shape": json.dumps(value[1])}
+        write_whole(self._path(name), lambda path: save_file({"mask": value[0]}, path, metadata))
+
+    def __getitem__(self, name: str) -> tuple[numpy.ndarray, tuple[int, ...]]:
+        if not self._path(name).exists():
+            raise KeyError(name)
+        with readable(self._path(name), "a mask"), safe_open(self._path(name), "numpy") as file:
+            return file.get_tensor("mask"), tuple(json.loads(file.metadata()["shape"]))
+
+    def __delitem__(self, name: str) -> None:
+        self._path(name).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(path.name.removesuffix(".safetensors") for path in self.folder.glob("*.safetensors")))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def pack(bits: numpy.ndarray) -> numpy.ndarray:

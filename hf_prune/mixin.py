@@ -17,11 +17,12 @@ from transformers.utils import logging
 from .atomic import replaced_folder
 from .blocks import Decoder, as_it_was
 from .calibration import batches_of
+from .checkpoint import check_finite
 from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import base_card, card_of, without_section, write_card
-from .pruning import check_model, check_weights, is_dequantized, prune_model, sequences_for
+from .pruning import check_model, is_dequantized, prune_model, sequences_for
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
 from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle, state_of
@@ -56,7 +57,7 @@ class PruningMixin:
             tokenizer: for text.
             masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
-            store: device on which hidden states wait between blocks, such as "cpu" for a model on a GPU.
+            store: where hidden states wait between blocks: a device, such as "cpu" for a model on a GPU, or "disk".
             resume_dir: folder for a journal of finished blocks: the same call after an interruption goes on from it, with a
                 result equal bit for bit. It takes the size of the pruned weights and of one block's hidden states; delete it
                 when the model is saved. Methods that need no data take seconds and keep no journal.
@@ -157,7 +158,7 @@ def reconstruct(
     check_model(dense)
     config = PruningConfig(n_samples=n_samples, sequence_length=sequence_length, seed=seed)
     with as_it_was(model), as_it_was(dense):
-        check_weights(model)
+        check_finite(model.named_parameters())
         decoder, original = Decoder(model), Decoder(dense)
         shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
         if model is dense or shapes[0] != shapes[1]:

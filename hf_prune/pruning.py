@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Decoder, Linear, as_it_was
+from .blocks import Block, Decoder, Linear, Store, as_it_was
 from .calibration import batches_of, calibration_sequences
+from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
-from .gradients import model_gradients
-from .journal import Journal, fingerprint
+from .gradients import gradients_by_block, model_gradients
+from .journal import Journal, fingerprint, on_disk
 from .masks import Masks
 from .patterns import NM, Pattern
+from .ranks import Ranks
 from .reconstruction import Reconstruction
 from .report import PruningReport
 from .sequential import Plan, prune_blocks, prune_without_data
@@ -49,6 +52,7 @@ def prune_model(
     resume_dir: str | Path | None = None,
     reconstruct: Reconstruction | bool | None = None,
     keep: Callable[[Masks, PruningReport], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Masks, PruningReport]:
     """As `PruningMixin.prune`, but the masks and the report are returned and `model` does not remember them.
 
@@ -56,14 +60,17 @@ def prune_model(
         old_masks: of an earlier pruning of this model; their zeros stay.
         fixed_masks: masks to use as they are, keyed by parameter name: a solver then only updates the kept weights.
         keep: is given the result as long as everything can still be undone.
+        checkpoint: where the weights are, if `model` has none; the result goes there too, block by block.
     """
     started = time.perf_counter()
-    check_model(model)
+    ranks = checkpoint.ranks if checkpoint else Ranks.launched()
+    check_model(model, streamed=checkpoint is not None)
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
     peak = count_peak(model)
     with as_it_was(model):
-        check_weights(model)
-        decoder = Decoder(model)
+        if checkpoint is None:
+            check_finite(model.named_parameters())
+        decoder = Decoder(model, checkpoint and checkpoint.present)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
         chosen = [linear for linear in linears if linear.name in patterns]
@@ -83,47 +90,56 @@ def prune_model(
         elif calibration is not None:
             logger.info(f"{config.method.name} needs no data: the calibration text is not used.")
 
+        if how and ranks.count > 1:
+            raise ValueError(f"reconstruction runs in one process, and there are {ranks.count}: prune first, then reconstruct.")
         journal = None
-        if resume_dir is not None and needs_data:
-            journal = Journal(
-                resume_dir,
-                {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
-                | ({"reconstruct": str(how)} if how else {})
-                | {
-                    "calibration": fingerprint(sequences),
-                    "weights": fingerprint(model.parameters()),
-                    "earlier masks": old_masks.digest()[:16],
-                    "given masks": fixed_masks.digest()[:16],
-                    "tokens_per_batch": str(tokens_per_batch),
-                    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-                },
-            )
-        with Undo(parameters.values() if how is None else decoder.parameters) as undo:
+        if checkpoint or ranks.count > 1 or (resume_dir is not None and needs_data):
+            identity = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
+            identity |= ({"reconstruct": str(how)} if how else {}) | {
+                "calibration": fingerprint(sequences),
+                "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
+                "earlier masks": old_masks.digest()[:16],
+                "given masks": fixed_masks.digest()[:16],
+                "tokens_per_batch": str(tokens_per_batch),
+                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            }
+            ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
+            identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
+            if checkpoint:
+                journal = CheckpointJournal(checkpoint, identity)
+            elif resume_dir is not None and needs_data:
+                journal = Journal(resume_dir, identity, ranks)
+        changed = parameters.values() if how is None else decoder.parameters
+        with Undo(() if checkpoint else changed) as undo:
+            masks = checkpoint.masks if checkpoint else old_masks.renamed({name: name for name in old_masks})
+            masks.update({name: old_masks[name] for name in old_masks if checkpoint and name not in parameters})
             plan = Plan(
-                decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks,
-                reconstruction=how, before_change=undo.save,
+                decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks, masks,
+                ranks=ranks, reconstruction=how, before_change=(lambda parameter: None) if checkpoint else undo.save,
             )  # fmt: skip
             gradient_seconds = 0.0
             if not needs_data:
-                masks, blocks = prune_without_data(plan)
+                blocks = prune_without_data(plan, journal)
             else:
                 by_block = GradientNorm in config.method.needs and config.method.scope == "block"
                 if GradientNorm in config.method.needs and not by_block:
                     before = time.perf_counter()
-                    method = config.method
-                    some = sequences[: method.gradient_samples]
-                    plan.gradients = _gradients(model, decoder, chosen, some, method, journal)
+                    some = sequences[: config.method.gradient_samples]
+                    find = gradients_by_block if checkpoint else _gradients
+                    plan.gradients_of = find(decoder, chosen, some, config.method, journal, ranks)
                     gradient_seconds = time.perf_counter() - before
-                size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, sequences))
-                batches = batches_of(sequences, 1 if by_block else size)
+                device = checkpoint.device if checkpoint else model.get_input_embeddings().weight.device
+                size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, device, sequences))
+                batches = batches_of(ranks.share(sequences), 1 if by_block else size)
                 if how:
                     how.split(len(batches))
-                masks, blocks = prune_blocks(
+                first = (config.method.gradient_samples or 8) if by_block else 0
+                blocks = prune_blocks(
                     plan,
                     batches,
                     probe=sequences[0][None, :64],
-                    store=None if store is None else torch.device(store),
-                    gradient_samples=(config.method.gradient_samples or 8) if by_block else None,
+                    store=_storage(store, checkpoint.work if checkpoint else None),
+                    gradient_samples=len(ranks.share(sequences[:first])) if by_block else None,
                     journal=journal,
                 )
             masks.patterns = {name: pattern for name, pattern in old_masks.patterns.items() if name not in parameters}
@@ -157,8 +173,8 @@ def prune_model(
     return masks, report
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses what cannot be pruned.
+def check_model(model: nn.Module, streamed: bool = False) -> None:
+    """Refuses what cannot be pruned; of a model that is `streamed` no weight is there yet.
 
     Raises:
         TypeError, ValueError: no causal language model; quantized, offloaded or with adapters.
@@ -173,8 +189,12 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
-        if parameter.is_meta:
-            raise ValueError(f"{name} is offloaded (device 'meta'): load the model without that, for example device_map='cpu'.")
+        if hasattr(parameter, "placements"):  # a DTensor
+            raise ValueError(f"{name} is sharded over processes: load the model whole, or call hf_prune.prune_checkpoint.")
+        if parameter.is_meta and not streamed:
+            raise ValueError(
+                f"{name} is offloaded (device 'meta'): load the model without that, or call hf_prune.prune_checkpoint."
+            )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not is_dequantized(model):
         raise ValueError(f"the model is quantized ({type(quantizer).__name__}): prune in bfloat16 or float32, then quantize.")
@@ -185,13 +205,6 @@ def is_dequantized(model: nn.Module) -> bool:
     quantizer = getattr(model, "hf_quantizer", None)
     method = str(getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")).lower()
     return "gguf" in method and not getattr(quantizer, "packed_modules", None)
-
-
-def check_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        # A sum is NaN or inf if any summand is; only then is a closer look needed.
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
-            raise ValueError(f"the weights of {name} are not finite: load the checkpoint again, in bfloat16 or float32.")
 
 
 def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
@@ -288,20 +301,29 @@ def described(calibration: Any) -> str:
 
 
 def _gradients(
-    model: PreTrainedModel, decoder: Decoder, linears: list[Linear], samples: list[Tensor], method: Any, journal: Journal | None
-) -> dict[str, GradientNorm]:
+    decoder: Decoder, linears: list[Linear], samples: list[Tensor], method: Any, journal: Journal | None, ranks: Ranks
+) -> Callable[[Block], dict[str, GradientNorm]]:
     def compute() -> dict[str, Tensor]:
-        how = method.order, method.gradient_checkpointing, method.by_token
-        return {name: norm.sum for name, norm in model_gradients(model, decoder.blocks, linears, samples, *how).items()}
+        how = method.order, method.gradient_checkpointing, method.by_token, ranks
+        found = model_gradients(decoder.model, decoder.blocks, linears, samples, *how)
+        return {name: norm.sum for name, norm in found.items()}
 
     sums = journal.tensors("gradients", compute) if journal else compute()
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
-    return {name: GradientNorm.of(sums[name].to(p.device), method.order, len(samples)) for name, p in parameters.items()}
+    norms = {name: GradientNorm.of(sums[name].to(p.device), method.order, len(samples)) for name, p in parameters.items()}
+    return lambda block: norms
 
 
-def _batch_tokens(model: PreTrainedModel, sequences: list[Tensor]) -> int:
+def _storage(store: str | torch.device | None, folder: Path | None) -> Store:
+    """What moves hidden states to `store`: nothing at all, a device, or "disk": files in `folder`, or temporary ones."""
+    if store == "disk":
+        return partial(on_disk, folder=folder)
+    device = None if store is None else torch.device(store)
+    return lambda x: x.to(device)
+
+
+def _batch_tokens(model: PreTrainedModel, device: torch.device, sequences: list[Tensor]) -> int:
     """On a CPU as many tokens as run fastest; on a GPU as many as a third of its free memory holds of one block's work."""
-    device = model.get_input_embeddings().weight.device
     if device.type != "cuda":
         return _CPU_BATCH_TOKENS
     text = model.config.get_text_config()

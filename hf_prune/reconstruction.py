@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .blocks import Block, Call, Decoder, Part, eager_experts, halves_of
+from .blocks import Block, Call, Decoder, Part, Store, eager_experts, halves_of
 from .masks import Masks
 from .patterns import one_of
 from .perp import attach, check_kinds, masked_gradients
@@ -89,13 +89,11 @@ def parts_of(block: Block, call: Call, hidden: Tensor, how: Reconstruction) -> l
 
 
 @torch.no_grad()
-def outputs_of(
-    parts: list[Part], calls: list[Call], inputs: list[Tensor], store: torch.device | None = None
-) -> list[list[Tensor]]:
+def outputs_of(parts: list[Part], calls: list[Call], inputs: list[Tensor], store: Store = lambda x: x) -> list[list[Tensor]]:
     """For each part the hidden states after it, a tensor (sequences, length, d) a batch as `inputs`."""
     outputs = []
     for part in parts:
-        inputs = [part.run(call, x).to(store) for call, x in zip(calls, inputs)]
+        inputs = [store(part.run(call, x)) for call, x in zip(calls, inputs)]
         outputs.append(inputs)
     return outputs
 

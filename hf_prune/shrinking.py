@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from .blocks import as_it_was
 from .calibration import batches_of
+from .checkpoint import check_finite
 from .config import PruningConfig
-from .pruning import base_of, check_model, check_weights, count_peak, described, sequences_for, versions
+from .pruning import base_of, check_model, count_peak, described, sequences_for, versions
 from .report import PruningReport
 from .structural import Groups, built_with, check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
@@ -40,7 +41,7 @@ def shrink_model(
     for parameter in model.parameters():
         parameter.grad = None
     with as_it_was(model):
-        check_weights(model)
+        check_finite(model.named_parameters())
         groups = groups_of(model)
         check(groups)
         counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}

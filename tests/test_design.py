@@ -10,9 +10,19 @@ from hf_prune.methods import REGISTRY
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"patterns", "statistics", "masks", "undo", "atomic", "blocks"},
+    {"patterns", "statistics", "masks", "undo", "atomic", "blocks", "ranks"},
     {"methods", "perp", "structural"},
-    {"calibration", "gradients", "report", "journal", "sequential", "evaluation", "reconstruction", "distillation"},
+    {
+        "calibration",
+        "gradients",
+        "report",
+        "journal",
+        "checkpoint",
+        "sequential",
+        "evaluation",
+        "reconstruction",
+        "distillation",
+    },
     {"config", "pruning", "shrinking"},
     {
         "compact",
@@ -25,11 +35,12 @@ LEVELS = [
         "pretraining",
         "conversion",
         "mixin",
+        "streaming",
         "metric",
         "cli",
     },
 ]
-WITHIN_LEVEL = {("report", "evaluation"), ("masks", "atomic"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("callbacks", "peft_adapters"), ("peft_adapters", "serialization"), ("sweep", "serialization"), ("iterative", "serialization"), ("pretraining", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("shrinking", "config"), ("shrinking", "pruning"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
+WITHIN_LEVEL = {("report", "evaluation"), ("masks", "atomic"), ("model_card", "serialization"), ("callbacks", "model_card"), ("callbacks", "serialization"), ("callbacks", "peft_adapters"), ("peft_adapters", "serialization"), ("sweep", "serialization"), ("iterative", "serialization"), ("pretraining", "serialization"), ("mixin", "model_card"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("checkpoint", "journal"), ("checkpoint", "report"), ("streaming", "model_card"), ("streaming", "serialization"), ("cli", "streaming"), ("sequential", "gradients"), ("sequential", "report"), ("sequential", "journal"), ("sequential", "reconstruction"), ("journal", "report"), ("pruning", "config"), ("shrinking", "config"), ("shrinking", "pruning"), ("serialization", "compact"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("mixin", "compact"), ("mixin", "serialization"), ("cli", "conversion"), ("cli", "serialization")}  # fmt: skip
 
 
 def level(name):
@@ -56,7 +67,7 @@ def test_imports_point_down():
 
 
 def test_low_levels_know_no_transformers():
-    for name in ("patterns", "statistics", "masks", "undo", "atomic"):
+    for name in ("patterns", "statistics", "masks", "undo", "atomic", "ranks"):
         assert "transformers" not in (ROOT / "hf_prune" / f"{name}.py").read_text()
     for path in (ROOT / "hf_prune" / "methods").glob("*.py"):
         assert "transformers" not in path.read_text().lower().replace("hugging face transformers", "")

@@ -1,0 +1,131 @@
+"""Pruning from disk to disk: a folder goes in, a folder with zeros and masks comes out, and one block at a time is in memory.
+
+The procedure is that of `prune_model`, its blocks those of a `Checkpoint`. What is finished waits beside the output, in a folder whose
+name ends in `.unfinished`; the output appears when it is complete. Hub models are downloaded first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .atomic import check_writable, move_whole
+from .checkpoint import Checkpoint
+from .config import PruningConfig
+from .masks import Masks
+from .model_card import CARD, card_of, write_card
+from .pruning import prune_model
+from .ranks import Ranks
+from .report import PruningReport
+from .serialization import FOLDER, PruningState, is_replaced, is_weight_file
+
+
+UNFINISHED = ".unfinished"
+_OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors", ".ckpt"}
+
+
+def prune_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    config: PruningConfig | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    *,
+    device: str | torch.device = "cpu",
+    tokens_per_batch: int | None = None,
+    store: str | torch.device | None = None,
+) -> PruningReport:
+    """Prunes the model in the folder `src` into a new folder `dst`, in the memory of one block and the hidden states.
+
+    After an interruption, also a kill, the same call goes on from the last finished block; the result is that of
+    `model.prune(...)`, bit for bit. `AutoModelForCausalLM.from_pretrained(dst)` and `hf_prune.load(dst)` read it.
+
+    Args:
+        src: folder of a model with safetensors weights, or a Hub name; never changed.
+        dst: folder to write; it must not be there.
+        config, calibration, tokenizer, tokens_per_batch: as for `model.prune`.
+        device: where blocks are computed.
+        store: where hidden states wait between blocks: a device, or "disk"; None leaves them where blocks are computed.
+
+    Raises:
+        ValueError, TypeError: anything that cannot be done as asked, before a file is written.
+        OSError: no room; what is finished is kept, and the same call goes on.
+    """
+    config = PruningConfig() if config is None else config
+    if not isinstance(config, PruningConfig):
+        raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
+    if config.method.structural or config.comparison_group == "model":
+        what = f"method '{config.method.name}'" if config.method.structural else "comparison_group='model'"
+        raise ValueError(f"{what} looks at all blocks at once: load the model and call model.prune(config).")
+    ranks, target = Ranks.launched(), Path(dst)
+    source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.gguf"]))
+    if target.resolve() == source.resolve() or target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{dst} is the source or in it, and the source is not changed: give another folder.")
+    if target.exists():
+        raise ValueError(f"{dst} exists already, and would appear only when it is complete: remove it or give another folder.")
+    check_writable(target)
+    model = _skeleton(source, str(src))
+    old = PruningState.load(source) if getattr(model.config, "pruning_config", None) else None
+    if old and old.compact:
+        raise ValueError(f"{src} is compact: make it ordinary with hf_prune.expand({str(src)!r}, ...) first.")
+    work = target.with_name(f"{target.name}{UNFINISHED}")
+    checkpoint = Checkpoint(model, source, work, torch.device(device), ranks)
+
+    def keep(masks: Masks, report: PruningReport) -> None:
+        if not ranks.index:
+            _finish(checkpoint, PruningState(masks, config.to_dict(), report), model)
+            move_whole(work / "model", target)
+            shutil.rmtree(work, ignore_errors=True)
+        ranks.wait()
+
+    _, report = prune_model(
+        model,
+        config,
+        calibration,
+        tokenizer,
+        old_masks=old and old.masks,
+        tokens_per_batch=tokens_per_batch,
+        store=store,
+        keep=keep,
+        checkpoint=checkpoint,
+    )
+    return report
+
+
+def _skeleton(source: Path, name: str) -> PreTrainedModel:
+    """The model of the folder without its weights, which are on the "meta" device; buffers that no file holds are there."""
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{source} is quantized: prune the checkpoint in bfloat16 or float32, then quantize.")
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    model.config._name_or_path = name
+    model.tie_weights()  # each parameter became another one when it lost its values
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
+
+
+def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel) -> None:
+    """All that belongs into the folder beside the shards of the blocks."""
+    with checkpoint.present(None):
+        checkpoint.write(None)
+    checkpoint.write_index()
+    folder, source = checkpoint.work / "model", checkpoint.source
+    for entry in source.iterdir():
+        if not (entry.suffix in _OTHER_WEIGHTS or is_weight_file(entry.name) or is_replaced(entry.name)):
+            if entry.is_file() and entry.name != CARD and not entry.name.startswith("."):
+                shutil.copy(entry, folder / entry.name)
+    model.config.pruning_config = state.summary()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    state.save(folder)
+    write_card(folder, state.report, old=None, base=card_of(str(source)))

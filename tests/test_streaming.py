@@ -1,0 +1,303 @@
+"""From disk to disk: the result is that of pruning in memory, bit for bit, or an error, and the source is as it was."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ids_for, make, same, snapshot
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hf_prune
+from hf_prune import GBLM, PruningConfig, checkpoint, prune_checkpoint, streaming
+from hf_prune.cli import main
+
+
+SMALL = {"n_samples": 6, "sequence_length": 24}
+METHODS = ["magnitude", "wanda", "sparsegpt", "ria", GBLM(), GBLM(scope="block"), GBLM(alpha="paper")]
+
+
+def saved(folder, family="llama", shards="60KB", **changes):
+    make(family, **changes).save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def check_equal(src, dst, config):
+    """Prunes `src` to `dst` and in memory, and compares all there is."""
+    before = contents(src)
+    report = prune_checkpoint(src, dst, config, ids_for())
+    expected = hf_prune.load(src)
+    known = expected.prune(config, ids_for())
+    loaded, plain = hf_prune.load(dst), AutoModelForCausalLM.from_pretrained(dst)
+    assert same(loaded, snapshot(expected)) and same(plain, snapshot(expected)) and loaded.dtype == expected.dtype
+    assert loaded.pruning_masks.digest() == expected.pruning_masks.digest()
+    assert [(b.name, b.error, b.linears) for b in report.blocks] == [(b.name, b.error, b.linears) for b in known.blocks]
+    assert (report.sparsity, report.model_sparsity, report.skipped) == (known.sparsity, known.model_sparsity, known.skipped)
+    assert contents(src) == before and [path.name for path in dst.parent.iterdir() if "." in path.name] == []
+    return loaded
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_equals_in_memory(tmp_path, family, method):
+    src = saved(tmp_path / "src", family, num_hidden_layers=3 if family == "llama" else 2)
+    check_equal(src, tmp_path / "dst", PruningConfig(method, **SMALL))
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {"dtype": torch.bfloat16, "tie_word_embeddings": True, "shards": "1GB"}),
+        ("gemma2", {"dtype": torch.float16}),
+        ("gpt2", {}),
+        ("qwen3_moe", {"dtype": torch.bfloat16}),
+        ("gpt_oss", {}),
+        ("opt", {}),
+        ("llama", {"num_hidden_layers": 12}),  # block 10 comes after block 1 by name
+    ],
+)
+def test_checkpoints_of_all_kinds(tmp_path, family, changes):
+    src = saved(tmp_path / "src", family, **changes)
+    names = {key for path in src.glob("*.safetensors") for key in load_file(path)}
+    check_equal(src, tmp_path / "dst", PruningConfig("sparsegpt", "2:4", **SMALL))
+    assert names == {key for path in (tmp_path / "dst").glob("*.safetensors") for key in load_file(path)}
+
+
+def test_what_is_not_pruned_and_what_was(tmp_path):
+    src = saved(tmp_path / "src")
+    (src / "tokenizer_config.json").write_text("{}")
+    make("llama").generation_config.save_pretrained(src)
+    first = PruningConfig("wanda", exclude=["*.layers.0.*"], overrides={"*.down_proj": "4:8"}, **SMALL)
+    check_equal(src, tmp_path / "first", first)
+    assert {"tokenizer_config.json", "generation_config.json", "README.md", "config.json"} <= set(contents(tmp_path / "first"))
+    second = PruningConfig("sparsegpt", sparsity=0.7, include=["*.layers.0.*", "*.layers.1.mlp.*"], **SMALL)
+    check_equal(tmp_path / "first", tmp_path / "second", second)  # zeros of before stay, as do masks of others
+    assert "model.layers.1.self_attn.q_proj.weight" in hf_prune.load(tmp_path / "second").pruning_masks
+
+
+def test_one_block_at_a_time(tmp_path, monkeypatch):
+    src, seen = saved(tmp_path / "src", num_hidden_layers=5), []
+
+    class Watched(checkpoint.Checkpoint):
+        def __init__(self, model, *args):
+            super().__init__(model, *args)
+            self.model = model
+
+        def write(self, part):
+            there = {name.split(".")[2] for name, p in self.model.named_parameters() if not p.is_meta and "layers" in name}
+            seen.append((part, there))
+            super().write(part)
+
+    monkeypatch.setattr(streaming, "Checkpoint", Watched)
+    prune_checkpoint(src, tmp_path / "dst", PruningConfig(GBLM(), **SMALL), ids_for())
+    assert seen == [(i, {str(i)}) for i in range(5)] + [(None, set())]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", GBLM()], ids=str)
+def test_goes_on_where_it_stopped(tmp_path, monkeypatch, method):
+    src, config = saved(tmp_path / "src", num_hidden_layers=4), PruningConfig(method, **SMALL)
+    count, read, write = 0, checkpoint.Checkpoint._read, checkpoint.write_whole
+
+    def now_and_then(function):
+        def called(*args):
+            nonlocal count
+            count += 1
+            if count % 9 == 0:
+                raise Stopped
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "_read", now_and_then(read))
+    monkeypatch.setattr(checkpoint, "write_whole", now_and_then(write))
+    for _ in range(20):
+        try:
+            prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+            break
+        except Stopped:
+            assert not (tmp_path / "dst").exists()
+    assert count > 9
+    expected = AutoModelForCausalLM.from_pretrained(src)
+    expected.prune(config, ids_for())
+    assert same(hf_prune.load(tmp_path / "dst"), snapshot(expected))
+
+
+_KILLER = """
+import os, shutil, signal, sys, threading, time
+sys.path.insert(0, "tests")
+import torch, tqdm
+torch.set_num_threads(1)
+from test_streaming import *
+tqdm.tqdm.set_lock(threading.RLock())
+from pathlib import Path
+folder = Path(sys.argv[1])
+src, dst, config = saved(folder / "src", num_hidden_layers=4), folder / "dst", PruningConfig(GBLM(), **SMALL)
+
+def forked():
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)
+        prune_checkpoint(src, dst, config, ids_for())
+        os._exit(0)
+    return pid
+
+expected = AutoModelForCausalLM.from_pretrained(src)
+expected.prune(config, ids_for())
+started = time.perf_counter()
+os.waitpid(forked(), 0)
+duration = time.perf_counter() - started
+assert same(hf_prune.load(dst), snapshot(expected))
+found = set()
+for i in range(12):
+    shutil.rmtree(dst)
+    pid = forked()
+    time.sleep(duration * (i + 1) / 12)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    work = folder / "dst.unfinished"
+    found.add(len(list(work.rglob("*"))) if work.exists() else 0)
+    if not dst.exists():
+        os.waitpid(forked(), 0)
+    assert same(hf_prune.load(dst), snapshot(expected))
+print(len(found))
+"""
+
+
+def test_killed_at_12_moments(tmp_path):
+    result = subprocess.run([sys.executable, "-c", _KILLER, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) > 3  # the moments were different ones
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def lose_shard(src):
+    sorted(src.glob("model-*.safetensors"))[1].unlink()
+
+
+def damage_shard(src):
+    path = sorted(src.glob("model-*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_tensor(src, name="model.layers.1.mlp.up_proj.weight", change=None):
+    for path in src.glob("model-*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            old = tensors.pop(name)
+            save_file(tensors if change is None else {**tensors, name: change(old)}, path)
+
+
+def lose_tensor_and_entry(src):
+    lose_tensor(src)
+    index = json.loads((src / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    edit(src / "model.safetensors.index.json", **index)
+
+
+def to_pickles(src):
+    (src / "model.safetensors.index.json").unlink()
+    for path in src.glob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lose_shard, "model-00002.*is missing: download"),
+        (damage_shard, "model-00002.*is damaged"),
+        (lose_tensor, "lacks model.layers.1.mlp.up_proj.weight, which .*index"),
+        (lose_tensor_and_entry, "lacks the weights of model.layers.1.mlp.up_proj.weight"),
+        (lambda src: lose_tensor(src, change=lambda w: w / 0), "model.layers.1.mlp.up_proj.weight are not finite"),
+        (
+            lambda src: lose_tensor(src, change=lambda w: w[:4].clone()),
+            r"has shape \(4, 32\) in the checkpoint, but \(64, 32\)",
+        ),
+        (lambda src: edit(src / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized"),
+        (to_pickles, "no model.safetensors and no .*from_pretrained"),
+        (lambda src: (src / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_bad_sources(tmp_path, change, words):
+    src = saved(tmp_path / "src")
+    change(src)
+    with pytest.raises((ValueError, OSError), match=words):
+        prune_checkpoint(src, tmp_path / "dst", PruningConfig(**SMALL), ids_for())
+    assert not (tmp_path / "dst").exists() and not (tmp_path / "dst.unfinished" / "model").exists()
+
+
+def test_bad_arguments(tmp_path):
+    src = saved(tmp_path / "src")
+    (tmp_path / "there").mkdir()
+    for dst, config, words in [
+        (src, PruningConfig(**SMALL), "is the source"),
+        (src / "in" / "it", PruningConfig(**SMALL), "is the source or in it"),
+        (tmp_path / "there", PruningConfig(**SMALL), "exists already"),
+        (tmp_path / "dst", PruningConfig("magnitude", comparison_group="model"), "all blocks at once"),
+        (tmp_path / "dst", PruningConfig("taylor", pattern="ffn:0.5"), "all blocks at once"),
+        (tmp_path / "dst", PruningConfig(include=["*.nothing"], **SMALL), "matches no linear"),
+        (tmp_path / "dst", PruningConfig("wanda", n_samples=6, sequence_length=100), "positions"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            prune_checkpoint(src, dst, config, ids_for())
+    with pytest.raises(TypeError, match="PruningConfig"):
+        prune_checkpoint(src, tmp_path / "dst", "wanda", ids_for())
+    assert not (tmp_path / "dst.unfinished").exists()
+
+
+def test_source_changed_meanwhile(tmp_path, monkeypatch):
+    src, config = saved(tmp_path / "src", num_hidden_layers=4), PruningConfig(**SMALL)
+    write = checkpoint.Checkpoint.write
+
+    def and_change(self, part):
+        write(self, part)
+        if part == 1:
+            lose_tensor(src, change=lambda w: w + 1)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="src was changed while it was pruned"):
+        patch.setattr(checkpoint.Checkpoint, "write", and_change)
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    with pytest.raises(ValueError, match="another pruning. What differs: weights"):
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    assert not (tmp_path / "dst").exists()
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    src, config, save = saved(tmp_path / "src"), PruningConfig(**SMALL), checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if "00003" in path.name:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+        save(tensors, path, metadata)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left.*What is finished is kept"):
+        patch.setattr(checkpoint, "save_file", full)
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    assert not (tmp_path / "dst").exists()
+    check_equal(src, tmp_path / "dst", config)
+
+
+def test_command_line(tmp_path, tokenizer, capsys):
+    src = saved(tmp_path / "src")
+    tokenizer.save_pretrained(src)
+    (tmp_path / "text.txt").write_text(" ".join(str(i % 100 + 3) for i in range(300)))
+    words = ["prune", str(src), str(tmp_path / "dst"), "--stream", "--calibration", str(tmp_path / "text.txt")]
+    words += ["--n-samples", "4", "--sequence-length", "32"]
+    assert main([*words, "--compact"]) == 2 and "leave out --compact" in capsys.readouterr().err
+    assert main(words) == 0 and "saved to" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "dst")]) == 0 and "agree" in capsys.readouterr().out
+    assert main(words) == 2 and "exists already" in capsys.readouterr().err
