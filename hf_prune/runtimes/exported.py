@@ -19,14 +19,12 @@ from ..atomic import readable
 
 
 REPORT = "pruning/export_report.json"
-SETTINGS = {
-    "onnx": {"trt_sparsity_enable": "1"},  # options of ONNX Runtime's TensorRT provider
-    "openvino": {"INFERENCE_PRECISION_HINT": "f32", "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.4},
-}
-MEASURED = {
-    "trt_sparsity_enable": "not measured; used where ONNX Runtime has its TensorRT provider",
-    "INFERENCE_PRECISION_HINT": "measured: bf16, the default on CPUs that have it, moves logits by 3e-3 of a tiny model's",
-    "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "measured: no effect on an AMD EPYC with AVX-512 (fp32, bf16, int8; dense, 2:4, 90 %)",
+SETTINGS = {  # format -> setting -> value and what is known of it
+    "onnx": {"trt_sparsity_enable": ("1", "not measured; for ONNX Runtime's TensorRT provider, where there is one")},
+    "openvino": {
+        "INFERENCE_PRECISION_HINT": ("f32", "measured: bf16, the default of CPUs that have it, moves the logits by 3e-3"),
+        "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": (0.4, "measured: no effect on an AMD EPYC with AVX-512"),
+    },
 }
 
 

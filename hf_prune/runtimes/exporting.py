@@ -26,7 +26,7 @@ from ..blocks import as_it_was
 from ..masks import Masks
 from ..patterns import one_of
 from ..serialization import load, settle
-from .exported import MEASURED, REPORT, SETTINGS, load_exported
+from .exported import REPORT, SETTINGS, load_exported
 from .graph import SUFFIXES, Found, zeros_in_graphs
 
 
@@ -116,8 +116,9 @@ def export(
     if pattern and set(map(masks.patterns.get, masks)) != {pattern}:
         made = ", ".join(sorted({str(masks.patterns.get(name)) for name in masks})) or "none"
         raise ValueError(f"pattern={pattern!r} was asked for, but the masks of this model are: {made}. Prune it so first.")
-    report = ExportReport(format, exporter, weights, settings=SETTINGS[format])
-    report.measured = {name: MEASURED[name] for name in report.settings}
+    report = ExportReport(format, exporter, weights)
+    report.settings = {name: value for name, (value, _) in SETTINGS[format].items()}
+    report.measured = {name: known for name, (_, known) in SETTINGS[format].items()}
     with replaced_folder(out, lambda name: True) as fresh, as_it_was(model), torch.no_grad():
         try:
             write(model, fresh)

@@ -7,7 +7,7 @@ numbers. The only file that knows what ONNX and OpenVINO call things; it runs no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def _split(name: str, stored: str, values: ndarray, in_last: bool) -> Iterator[M
 
 
 def _onnx_matrices(path: Path) -> Iterator[Matrix]:
-    """Of `MatMul`, `Gemm` and `MatMulInteger`."""
+    """Of `MatMul`, `Gemm`, `MatMulInteger` and `MatMulNBits`."""
     import onnx
     from onnx.numpy_helper import to_array
     from onnx.reference import ReferenceEvaluator
@@ -163,13 +163,15 @@ def _onnx_matrices(path: Path) -> Iterator[Matrix]:
             last[key] = dict(zip(node.output, outputs))
         return last[key][name]
 
-    def origin(name: str) -> Any:
+    def origin(name: str) -> tuple[str, str]:
         while name not in stored and maker[name].input:
             name = maker[name].input[0]
-        return name, onnx.helper.tensor_dtype_to_string(stored[name].data_type).removeprefix("TensorProto.").lower()
+        return name, onnx.TensorProto.DataType.Name(stored[name].data_type).lower() if name in stored else "constant"
 
     seen = set()
     for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            yield Matrix(node.input[1], *_blocks_of_bits(node, value))
         for side, name in enumerate(node.input[:2] if node.op_type in ("MatMul", "Gemm", "MatMulInteger") else ()):
             if name not in constant or (name, side) in seen:
                 continue
@@ -179,6 +181,26 @@ def _onnx_matrices(path: Path) -> Iterator[Matrix]:
             if node.op_type == "MatMulInteger" and len(node.input) > 2 + side and node.input[2 + side]:
                 values = values - numpy.asarray(value(node.input[2 + side]), dtype=numpy.float32)
             yield from _split(*origin(name), values, in_last=bool(flag) == bool(side))
+
+
+def _blocks_of_bits(node: Any, value: Callable[[str], ndarray]) -> tuple[str, ndarray]:
+    """Of ONNX Runtime's `MatMulNBits`: weights (out, blocks, bytes), scales (out * blocks), perhaps zero points (out, bytes)."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    out, bits = attributes["N"], attributes["bits"]
+
+    def numbers(packed: ndarray) -> ndarray:
+        halves = packed.astype(numpy.float32) if bits == 8 else numpy.stack([packed & 15, packed >> 4], axis=-1)
+        return halves.reshape(out, -1).astype(numpy.float32)
+
+    assert bits in (4, 8), bits
+    scales = value(node.input[2]).astype(numpy.float32).reshape(out, -1, 1)
+    zero = numpy.float32(1 << bits - 1)
+    if len(node.input) > 3 and node.input[3]:
+        stored = value(node.input[3])
+        stored = numbers(stored) if stored.dtype == numpy.uint8 else stored.astype(numpy.float32).reshape(out, -1)
+        zero = stored[:, : scales.shape[1], None]
+    values = (numbers(value(node.input[1])).reshape(out, scales.shape[1], -1) - zero) * scales
+    return f"uint{bits}", values.reshape(out, -1)[:, : attributes["K"]]
 
 
 def _openvino_matrices(path: Path) -> Iterator[Matrix]:

@@ -63,7 +63,7 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
 
 
 def quantise(model: PreTrainedModel, config: Any) -> int:
-    """Quantises the linears of a pruned `model` in place as a torchao `config` says, if that keeps zeros; else changes nothing.
+    """Quantises the linears of a pruned `model`, but for its head, in place as a torchao `config` says; if zeros would be lost, nothing.
 
     The first pruned linear of every shape is tried on a copy.
 
@@ -89,7 +89,8 @@ def quantise(model: PreTrainedModel, config: Any) -> int:
             if count := int((read != 0).sum()):
                 example = float(read[read != 0][0])
                 _refuse([f"{name}: {count} of {read.numel()}, such as {example:.3g} for 0"], type(config).__name__)
-    quantize_(model, config)
+    head = model.get_output_embeddings()
+    quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
     return check_zeros(model)
 
 
