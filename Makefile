@@ -20,8 +20,9 @@ test: $(VENV)/ready  ## the tests, about two minutes
 test-legacy:
 	$(PYTHON) -m venv .venv-legacy
 	.venv-legacy/bin/pip install --quiet torch==2.13.0
-	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6'
-	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py
+	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6' 'optimum-onnx==0.1.0' 'optimum-intel==1.27.0'
+	.venv-legacy/bin/pip uninstall --quiet --yes torchvision
+	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .

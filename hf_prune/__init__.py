@@ -25,10 +25,14 @@ __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_checkpoint", "prune_iteratively", "prune_model", "reconstruct", "register",
-    "sweep_learning_rate",
+    "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise",
 ]  # fmt: skip
 
 install()
+
+_RUNTIMES = {
+    "ExportReport": "exporting", "check_zeros": "quantised", "export": "exporting", "load_exported": "exported", "quantise": "quantised",
+}  # fmt: skip
 
 
 def __getattr__(name: str):
@@ -40,4 +44,8 @@ def __getattr__(name: str):
         from .pretraining import EfficientLLMCallback
 
         return EfficientLLMCallback
+    if name in _RUNTIMES:
+        import importlib
+
+        return getattr(importlib.import_module(f".runtimes.{_RUNTIMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command `hf-prune`: prune, perplexity, inspect, expand. Arguments in, one call of the library, text out."""
+"""The command `hf-prune`: prune, perplexity, inspect, expand, export. Arguments in, one call of the library, text out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hf-prune {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     expand.add_argument("folder")
     expand.add_argument("output", help="folder to write")
     expand.set_defaults(run=_expand)
+
+    export = commands.add_parser("export", help="write a model for ONNX Runtime or OpenVINO and check its zeros there")
+    export.add_argument("model", help="folder or Hub name")
+    export.add_argument("output", help="folder to write")
+    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx")
+    export.add_argument("--weights", choices=("int8", "int4"), help="quantise the weights symmetrically")
+    export.add_argument("--pattern", help="refuse a model that is not pruned so throughout, such as 2:4")
+    export.set_defaults(run=_export)
 
     for command in (prune, perplexity):
         command.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; default: as saved")
@@ -154,6 +162,14 @@ def _expand(args) -> int:
     from .conversion import expand
 
     expand(args.folder, args.output)
+    print(f"saved to {args.output}")
+    return 0
+
+
+def _export(args) -> int:
+    from .runtimes.exporting import export
+
+    print(export(args.model, args.output, format=args.format, weights=args.weights, pattern=args.pattern))
     print(f"saved to {args.output}")
     return 0
 

@@ -1,0 +1,76 @@
+"""Prune, quantise, both: bytes and perplexity of SmolLM2-135M, and whether the zeros were kept.
+
+`python benchmarks/quantise.py IDS` with a safetensors file of `calibration` and `evaluation` ids, as for benchmarks/export.py, whose
+pruned model it takes or makes. torchao quantises the linears of the blocks, nncf those, the embedding and the head.
+"""
+
+import argparse
+import pathlib
+
+import torch
+from export import perplexity, pruned, smollm2
+from safetensors.torch import load_file
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+import hf_prune
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Of all parameters, those of a quantised tensor being the tensors that it holds."""
+    total, seen = 0, set()
+    for parameter in model.parameters():
+        tensors = [parameter]
+        while tensors:
+            tensor = tensors.pop()
+            if hasattr(tensor, "__tensor_flatten__"):
+                tensors += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+            elif tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/export"))
+    parser.add_argument("--windows", type=int, default=8)
+    args = parser.parse_args()
+    ids = {name: value.long() for name, value in load_file(args.ids).items()}
+    windows = ids["evaluation"][: args.windows]
+    schemes = {
+        "none": None,
+        "torchao int8": Int8WeightOnlyConfig(),
+        "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+    }
+    print(f"{'quantised':<28}{'model':<8}{'pruned weights, all zero':>25}{'MiB':>8}{'perplexity':>12}", flush=True)
+    for name in ("dense", "2:4"):
+        for scheme, config in schemes.items():
+            model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
+            checked = 0
+            if config is not None and name == "dense":
+                quantize_(
+                    model, config, filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path
+                )
+            elif config is not None:
+                checked = hf_prune.quantise(model, config)
+            elif name == "2:4":
+                checked = hf_prune.check_zeros(model)
+            tell(scheme, name, checked, stored_bytes(model), perplexity(model, windows))
+        for weights in ("int8", "int4"):
+            model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
+            folder = args.work / f"{name.replace(':', '-')}-openvino-{weights}"
+            if not folder.exists():
+                hf_prune.export(model, folder, format="openvino", weights=weights)
+            checked = hf_prune.check_zeros(folder, model) if name == "2:4" else 0
+            size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+            tell(f"nncf {weights} (OpenVINO)", name, checked, size, perplexity(hf_prune.load_exported(folder), windows))
+
+
+def tell(scheme: str, name: str, checked: int, size: int, value: float) -> None:
+    """One line of the table."""
+    print(f"{scheme:<28}{name:<8}{checked or '-':>25}{size / 2**20:>8.0f}{value:>12.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

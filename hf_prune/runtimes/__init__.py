@@ -1,0 +1,1 @@
+"""Where a pruned model runs: the only package that knows kernels and runtimes."""

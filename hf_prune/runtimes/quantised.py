@@ -1,0 +1,116 @@
+"""Prune, then quantise: whether every pruned weight is still exactly zero, read from what the quantizer stored.
+
+A mask says which weights must be zero; that they are is never concluded from the scheme's name. A scheme keeps them if zero is one of
+its numbers: symmetric ones, a whole zero point, float formats, NF4. Where zero falls between two numbers (a minimum with a
+scale, k-means) or kept weights' errors move into pruned ones (GPTQ), it does not. Leaves out how one quantises.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..masks import Masks
+from ..serialization import PruningState, state_of
+from .exported import report_of
+from .graph import zeros_in_graphs
+
+
+WAY_OUT = (
+    "Quantise symmetrically, without GPTQ: torchao's Int8WeightOnlyConfig or IntxWeightOnlyConfig, nncf's INT8_SYM or INT4_SYM, "
+    "bitsandbytes' int8 or NF4, ONNX Runtime's quantizers with WeightSymmetric."
+)
+
+
+def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel | Masks | str | Path | None = None) -> int:
+    """Reads every pruned weight of a quantised model as its runtime does, and says how many there are: all exactly zero.
+
+    Args:
+        quantised: a model that torchao, bitsandbytes, quanto, ... quantised, or the folder of an export.
+        pruned: the model before it was quantised, its folder or its masks; default the masks that `quantised` carries. A
+            folder of an export needs the model itself.
+
+    Raises:
+        ValueError: some are not zero, or cannot be read; says how many, how they read, and what to do.
+    """
+    if not isinstance(quantised, nn.Module):
+        if not isinstance(pruned, PreTrainedModel):
+            raise ValueError("an exported folder is checked against the pruned model: check_zeros(folder, model).")
+        found, missing = zeros_in_graphs(
+            quantised, report_of(quantised)["format"], pruned, state_of(pruned, "check_zeros").masks
+        )
+        lost = [f"{one.linear}: {one.violations} of {one.pruned}" for one in found if one.violations]
+        _refuse(lost + [f"{name}: not found" for name in missing], f"{quantised}")
+        return sum(one.pruned for one in found)
+    if isinstance(pruned, (str, Path)):
+        pruned = PruningState.load(pruned).masks
+    masks = pruned if isinstance(pruned, Masks) else state_of(quantised if pruned is None else pruned, "check_zeros").masks
+    lost, total = [], 0
+    for name in masks:
+        path, _, attribute = name.rpartition(".")
+        module, pruned_here = quantised.get_submodule(path), ~masks[name]
+        read = as_read(module, attribute)[pruned_here.to(next(module.parameters()).device)]
+        total += read.numel()
+        if count := int((read != 0).sum()):
+            lost.append(f"{name}: {count} of {read.numel()}, such as {float(read[read != 0][0]):.3g} for 0")
+    _refuse(lost, type(quantised).__name__)
+    return total
+
+
+def quantise(model: PreTrainedModel, config: Any) -> int:
+    """Quantises the linears of a pruned `model`, but for its head, in place as a torchao `config` says; if zeros would be lost, nothing.
+
+    The first pruned linear of every shape is tried on a copy.
+
+    Returns:
+        How many pruned weights were read back, all exactly zero.
+
+    Raises:
+        ValueError: the scheme would lose zeros.
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.quantization import quantize_
+    except ImportError as error:
+        raise ImportError("quantise needs torchao: pip install 'hf-prune[quantise]'.") from error
+    masks = state_of(model, "quantise").masks
+    shapes = {masks.shape(name): name for name in reversed(masks)}
+    for name in shapes.values():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) is nn.Linear:
+            trial = nn.Sequential(copy.deepcopy(module))
+            quantize_(trial, config)
+            read = as_read(trial[0], "weight")[~masks[name].to(module.weight.device)]
+            if count := int((read != 0).sum()):
+                example = float(read[read != 0][0])
+                _refuse([f"{name}: {count} of {read.numel()}, such as {example:.3g} for 0"], type(config).__name__)
+    head = model.get_output_embeddings()
+    quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
+    return check_zeros(model)
+
+
+@torch.no_grad()
+def as_read(module: nn.Module, attribute: str) -> Tensor:
+    """The numbers that `module` computes with, in the shape of its parameter `attribute`.
+
+    What its tensor says of itself, or else, for kernels with a layout of their own, the module's outputs for unit vectors.
+    """
+    weight = getattr(module, attribute)
+    if type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()
+    if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point():
+        return weight
+    floats = next((p for p in module.parameters() if type(p) is nn.Parameter and p.is_floating_point()), torch.empty(0))
+    unit = torch.eye(module.in_features, dtype=floats.dtype, device=weight.device)
+    return (module(unit) - (0 if getattr(module, "bias", None) is None else module.bias)).t()
+
+
+def _refuse(lost: list[str], what: str) -> None:
+    if lost:
+        more = f" and {len(lost) - 2} more linears" if len(lost) > 2 else ""
+        raise ValueError(f"{what} does not keep pruned weights at zero ({'; '.join(lost[:2])}{more}). {WAY_OUT}")
