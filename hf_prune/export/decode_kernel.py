@@ -48,13 +48,13 @@ class Schedule(NamedTuple):
     @classmethod
     def candidates(cls, rows: int) -> Iterator[Schedule]:
         """Those worth timing on a GPU for so many rows."""
-        if rows <= 2:
-            for block_out, block_words, warps in ((1, 128, 1), (4, 64, 2), (4, 128, 4), (8, 64, 4), (16, 32, 4), (8, 128, 8)):
-                for splits in (1, 4):
-                    yield cls(block_out, block_words, splits, 0, warps)
-        for block_out, block_words, warps in ((16, 16, 1), (16, 32, 2), (32, 32, 4), (16, 64, 4), (64, 32, 4)):
-            for splits in (1, 4):
-                yield cls(block_out, block_words, splits, 1, warps)
+        if (
+            rows <= 2
+        ):  # shapes of tiles whose x needs no exchange between threads: one row of W a warp, or several with like columns
+            for tile in ((1, 128, 1), (2, 128, 1), (8, 32, 2), (8, 64, 4), (16, 32, 4), (16, 64, 4), (8, 128, 8)):
+                yield from (cls(*tile[:2], splits, 0, tile[2]) for splits in (1, 4))
+        for tile in ((16, 16, 1), (16, 32, 2), (32, 32, 4), (64, 32, 4)):
+            yield from (cls(*tile[:2], splits, 1, tile[2]) for splits in (1, 4))
 
 
 def is_semi_structured(weight: Tensor) -> bool:
@@ -79,11 +79,9 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not is_semi_structured(weight):
         raise ValueError("the weight is not 2:4: more than two of four neighbours along `in` are not zero.")
     quads = _groups(weight)
-    kept = quads.view(torch.int16) != 0
-    # Kept positions come first, in order; where there are fewer than two, the next zeros fill in. Then both in order.
-    positions = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(-1).values
-    values = quads.gather(-1, positions).flatten(1)
-    nibbles = (positions[..., 0] | (positions[..., 1] - 1) << 2).to(torch.int32)
+    kept = (quads.view(torch.int16) != 0).to(torch.int32)
+    nibbles = _nibbles().to(weight.device)[kept[..., 0] | kept[..., 1] << 1 | kept[..., 2] << 2 | kept[..., 3] << 3]
+    values = quads.gather(-1, _positions(nibbles)).flatten(1)
     words = words_of(weight.shape[1])
     lanes = functional.pad(nibbles, (0, 8 * words - nibbles.shape[1])).view(-1, 8, words)
     codes = torch.zeros_like(lanes[:, 0])
@@ -96,14 +94,27 @@ def unpack(values: Tensor, codes: Tensor, in_features: int) -> Tensor:
     """The weight (out, in) that `pack` was given, equal bit for bit."""
     pairs = values.unflatten(1, (-1, 2))
     nibbles = torch.stack([codes >> 4 * lane & 15 for lane in range(8)], 1).flatten(1)[:, : pairs.shape[1]]
-    positions = torch.stack([nibbles & 3, (nibbles >> 2) + 1], -1).long()
-    quads = values.new_zeros(*pairs.shape[:2], 4).scatter_(-1, positions, pairs)
+    quads = values.new_zeros(*pairs.shape[:2], 4).scatter_(-1, _positions(nibbles), pairs)
     return quads.flatten(1)[:, :in_features].contiguous()
 
 
 def words_of(in_features: int) -> int:
     """Number of int32 of codes in a row."""
     return -(-in_features // 128) * 4
+
+
+def _nibbles() -> Tensor:
+    """For each of the 16 ways in which a group can be kept, its code; zeros fill in where fewer than two are."""
+    codes = []
+    for way in range(16):
+        first, second = sorted(sorted(range(4), key=lambda place: ~way >> place & 1)[:2])  # sorted is stable: kept ones first
+        codes.append(first | second - 1 << 2)
+    return torch.tensor(codes, dtype=torch.int32)
+
+
+def _positions(nibbles: Tensor) -> Tensor:
+    """The places (..., 2) in their groups that codes stand for."""
+    return torch.stack([nibbles & 3, (nibbles >> 2) + 1], -1).long()
 
 
 def _groups(weight: Tensor) -> Tensor:
@@ -114,6 +125,8 @@ def _groups(weight: Tensor) -> Tensor:
 @torch.library.custom_op("hf_prune::sparse24_linear", mutates_args=())
 def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
     """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W; `schedule` is a `Schedule`."""
+    if x.dtype != values.dtype:
+        raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
     how = Schedule(*schedule)
     (rows, in_features), (out_features, words) = x.shape, codes.shape
     x = functional.pad(x, (0, -in_features % 4)).contiguous()
@@ -128,6 +141,7 @@ def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int
             x.view(torch.int64), pairs, codes, y, rows, out_features, pairs.shape[1],
             WORDS=words, SPLIT=triton.cdiv(words, how.splits), DTYPE=DTYPES[x.dtype], OPERAND=operand, BLOCK_OUT=how.block_out,
             BLOCK_WORDS=how.block_words, TENSOR_CORES=bool(how.tensor_cores), ROWS=MAX_ROWS, num_warps=how.warps,
+            num_stages=1,  # the eight lanes are loads enough in flight; stages would take 100 KiB of shared memory
         )  # fmt: skip
     return (y[0] if how.splits == 1 else y.sum(0)).to(x.dtype)
 
