@@ -24,7 +24,7 @@ __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_iteratively", "prune_model", "reconstruct", "register",
-    "sweep_learning_rate",
+    "advise", "sweep_learning_rate", "to_dense", "to_semi_structured",
 ]  # fmt: skip
 
 install()
@@ -39,4 +39,12 @@ def __getattr__(name: str):
         from .pretraining import EfficientLLMCallback
 
         return EfficientLLMCallback
+    if name == "advise":
+        from .export.advise import advise
+
+        return advise
+    if name in ("to_semi_structured", "to_dense"):  # needs Triton
+        from .export import semi_structured
+
+        return getattr(semi_structured, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

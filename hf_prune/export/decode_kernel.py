@@ -151,6 +151,19 @@ def _(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
     return x.new_empty(x.shape[0], values.shape[0])
 
 
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.in_features = inputs[0].shape[1]
+
+
+def _backward(ctx, gradient: Tensor):
+    """Of x alone: the packed weight takes none. A model that is compiled outside of `no_grad` asks for it."""
+    return gradient @ unpack(*ctx.saved_tensors, ctx.in_features), None, None, None
+
+
+sparse24_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 @triton.jit
 def _half(bits, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     """The 16-bit float that begins at bit SHIFT of each integer."""
