@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..report import by_reason, table
+
 
 try:
     from . import decode_kernel
@@ -157,21 +159,13 @@ class SemiStructuredReport:
         rows = [("(out, in)", "linears", *(f"{rows} rows" for rows in (1, 16, PREFILL_ROWS)), "plan")]
         for (shape, plan), names in groups.items():
             rows.append((str(shape), str(len(names)), *(_speed_up(plan, n) for n in (1, 16, PREFILL_ROWS)), str(plan)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        lines.append(
+        total = (
             f"{len(self.plans)} linears on {self.device}, use={self.use!r}: {self.bytes_before / 2**20:.1f} MiB of weights before, "
-            f"{self.bytes_after / 2**20:.1f} after; row columns are the speed-up over dense"
+            f"{self.bytes_after / 2**20:.1f} after; the columns of rows are the speed-up over dense"
         )
-        reasons: dict[str, list[str]] = defaultdict(list)
-        for name, why in self.dense.items():
-            reasons[f"left dense, {why}"].append(name)
-        for name, plan in self.plans.items():
-            for form, why in plan.missing.items():
-                reasons[f"no {form}, {why}"].append(name)
-        for why, names in reasons.items():
-            lines.append(f"{why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
-        return "\n".join(lines)
+        missing = [(f"{name} ({form})", why) for name, plan in self.plans.items() for form, why in plan.missing.items()]
+        reasons = {name: f"left dense, {why}" for name, why in self.dense.items()} | dict(missing)
+        return "\n".join([table(rows), total, *by_reason(reasons)])
 
 
 def _speed_up(plan: Plan, rows: int) -> str:
@@ -206,11 +200,11 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
         reasons = sorted(set(dense.values())) or ["it has no nn.Linear"]
         raise ValueError(f"nothing to pack: {'; '.join(reasons)}. Prune with pattern='2:4' and load in bfloat16 or float16.")
     report = SemiStructuredReport(torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter", use)
-    plan_for = partial(_measured_plan if device.type == "cuda" else _interpreted_plan, use=use)
+    plan_for = measured_plan if device.type == "cuda" else _interpreted_plan
     plans: dict[tuple, Plan] = {}
     for name, linear in linears.items():  # all that can fail comes before the first linear changes
         key = *linear.weight.shape, linear.weight.dtype, linear.bias is None
-        plans[key] = report.plans[name] = plans.get(key) or plan_for(linear)
+        plans[key] = report.plans[name] = plans.get(key) or plan_for(linear.weight.detach().contiguous(), linear.bias, use)
     report.dense = dense
     for name, linear in linears.items():
         if report.plans[name].forms == {"dense"}:
@@ -304,17 +298,16 @@ def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     return linears, dense
 
 
-def _interpreted_plan(linear: nn.Linear, *, use: str) -> Plan:
+def _interpreted_plan(weight: Tensor, bias: Tensor | None, use: str) -> Plan:
     if use == "prefill":
         raise ValueError("use='prefill' needs sparse tensor cores, which Triton's interpreter has not: use 'any' or 'decode'.")
-    tile = decode_kernel.Schedule(block_out=min(256, 1 << (linear.out_features - 1).bit_length()), block_words=32)
+    tile = decode_kernel.Schedule(block_out=min(256, 1 << (len(weight) - 1).bit_length()), block_words=32)
     steps = (decode_kernel.MAX_ROWS, "decode"), (math.inf, "dense" if use == "any" else "unpacked")
     return Plan(steps, ((math.inf, tile),), missing=dict.fromkeys(LIBRARIES, "no CUDA device"))
 
 
-def _measured_plan(linear: nn.Linear, *, use: str) -> Plan:
-    """The fastest forms for the shape of `linear` on its device; what fails there is in `missing`."""
-    weight, bias = linear.weight.detach().contiguous(), linear.bias
+def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any") -> Plan:
+    """The fastest forms for a 2:4 `weight` (out, in) on its GPU; what fails there is in `missing`."""
     missing: dict[str, str] = {}
     runs: dict[str, Callable[[Tensor], Tensor]] = {"dense": partial(functional.linear, weight=weight, bias=bias)}
     schedules: tuple = ()
@@ -337,29 +330,29 @@ def _measured_plan(linear: nn.Linear, *, use: str) -> Plan:
             if use == "prefill" and not torch.equal(library.to_dense().view(torch.int16), weight.view(torch.int16)):
                 raise RuntimeError("it does not give the weight back bit for bit")
             runs[name] = partial(functional.linear, weight=library, bias=bias)
-            _compared(runs[name], _sample(PREFILL_ROWS, weight), runs["dense"])
+            _compared(runs[name], sample(PREFILL_ROWS, weight), runs["dense"])
         except Exception as error:
             runs.pop(name, None)
             missing[name] = _first_line(error)
-    milliseconds = {}
+    spent: dict[int, dict[str, float]] = {}
     for rows in ROWS:
-        x = _sample(rows, weight)
+        x = sample(rows, weight)
         fitting = {form: run for form, run in runs.items() if form != "decode" or rows <= decode_kernel.MAX_ROWS}
-        milliseconds[rows] = {form: _milliseconds(partial(run, x)) for form, run in fitting.items()}
-    return Plan(_steps(milliseconds, use), schedules, milliseconds, missing)
+        spent[rows] = {form: milliseconds(partial(run, x)) for form, run in fitting.items()}
+    return Plan(_steps(spent, use), schedules, spent, missing)
 
 
-def _steps(milliseconds: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
+def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
     """Which form for how many rows. Between two row counts whose best forms differ it is dense, the one that is never bad."""
-    at_prefill = milliseconds[PREFILL_ROWS]
+    at_prefill = spent[PREFILL_ROWS]
     library = min(set(at_prefill) & set(LIBRARIES), key=at_prefill.get, default="dense")  # one is held, not both
     if use == "prefill":
         return ((math.inf, library),)
     if use == "decode":
-        packed = "decode" in milliseconds[1]
+        packed = "decode" in spent[1]
         return ((decode_kernel.MAX_ROWS, "decode"), (math.inf, "unpacked")) if packed else ((math.inf, "dense"),)
     best = []
-    for rows, measured in sorted(milliseconds.items()):
+    for rows, measured in sorted(spent.items()):
         form = min(set(measured) & {"dense", "decode", library}, key=measured.get)
         best.append((rows, form if measured["dense"] > NOISE * measured[form] else "dense"))
     steps: list[tuple[float, str]] = []
@@ -374,13 +367,13 @@ def _tuned(values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[int, de
     """The fastest schedule for one row, for two and for more, each checked against the dense product."""
     schedules = []
     for rows in (1, 2, decode_kernel.MAX_ROWS):
-        x = _sample(rows, weight)
+        x = sample(rows, weight)
         seconds, problem = {}, RuntimeError("no schedule to try")
         for schedule in decode_kernel.Schedule.candidates(rows):
             run = partial(decode_kernel.sparse24_linear, values=values, codes=codes, schedule=list(schedule))
             try:
                 _compared(run, x, partial(functional.linear, weight=weight))
-                seconds[schedule] = _milliseconds(partial(run, x))
+                seconds[schedule] = milliseconds(partial(run, x))
             except Exception as error:  # one that needs more than this GPU has
                 problem = error
         if not seconds:
@@ -396,12 +389,12 @@ def _compared(run: Callable[[Tensor], Tensor], x: Tensor, dense: Callable[[Tenso
         raise RuntimeError("its result differs from the dense product")
 
 
-def _sample(rows: int, weight: Tensor) -> Tensor:
+def sample(rows: int, weight: Tensor) -> Tensor:
     generator = torch.Generator(weight.device).manual_seed(0)
     return torch.randn(rows, weight.shape[1], generator=generator, device=weight.device, dtype=weight.dtype)
 
 
-def _milliseconds(run: Callable[[], Any]) -> float:
+def milliseconds(run: Callable[[], Any]) -> float:
     """Median time, with a cold cache, as in decoding, where every weight is read once a token."""
     return decode_kernel.triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
 
