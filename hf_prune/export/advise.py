@@ -28,7 +28,7 @@ from ..report import table
 ROWS = (1, 16, 512)  # decoding, a small batch, a prompt
 KEPT = 0.7  # of each matrix, by the structured contender
 GAIN = 1.1  # what a pattern has to gain to be recommended
-COLD = 2**26  # bytes of weights that pass before one comes again: decoding does not find them in a cache
+COLD = 2**25  # bytes of weights that pass before one comes again: decoding does not find them in a cache
 LARGEST = 2**22  # weights of a matrix that is timed on a CPU: of larger ones some rows
 
 DENSE, STRUCTURED = "dense, torch", f"structured, {KEPT:.0%} kept"
@@ -243,19 +243,20 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
                 makers[f"2:4, {name}"] = partial(make, _with_zeros(weight, "2:4"))
     seconds: dict[str, dict[int, float]] = {name: {} for name in makers}
     missing: dict[str, str] = {}
-    for rows in ROWS:
-        x = torch.randn(rows, shape.in_features, dtype=dtype)
-        copies = max(1, min(shape.count, COLD // weight.nbytes)) if rows <= 16 else 1  # many rows are bound by arithmetic
-        runs = {}
-        for name in makers.keys() - missing.keys():
+    many = max(1, min(shape.count, COLD // weight.nbytes))
+    for copies, row_counts in ((many, ROWS[:2]), (1, ROWS[2:])):  # many rows are bound by arithmetic, cold or not
+        runs: dict[str, Callable[[Tensor], Any]] = {}
+        for name in [name for name in makers if name not in missing]:
             try:
-                runs[name] = partial(makers[name](copies), x)
-                runs[name]()
+                runs[name] = makers[name](copies)
+                runs[name](weight[:1])
             except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
                 runs.pop(name, None)
                 missing[name] = str(error).splitlines()[0]
-        for name, best in _fastest(runs).items():
-            seconds[name][rows] = best / copies * shape.out_features / out_features
+        for rows in row_counts:
+            x = torch.randn(rows, shape.in_features, dtype=dtype)
+            for name, best in _fastest({name: partial(run, x) for name, run in runs.items()}).items():
+                seconds[name][rows] = best / copies * shape.out_features / out_features
     return {name: by_rows for name, by_rows in seconds.items() if name not in missing}, missing
 
 
@@ -287,10 +288,11 @@ def _in_openvino(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
     import openvino
     from openvino import opset13
 
-    x = opset13.parameter([-1, weight.shape[1]], "f32")
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    x = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
     matrices = (weight.float().numpy() * (1 + i) for i in range(copies))  # equal ones would be computed once
     products = [opset13.matmul(x, matrix, False, True) for matrix in matrices]
-    request = openvino.Core().compile_model(openvino.Model(products, [x]), "CPU").create_infer_request()
+    request = openvino.Core().compile_model(openvino.Model(products, [x]), "CPU", threads).create_infer_request()
     return lambda x: request.infer([x.float().numpy()])
 
 
@@ -304,7 +306,9 @@ def _in_onnxruntime(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
     weights = [numpy_helper.from_array(matrix * (1 + i), f"w{i}") for i in range(copies)]
     graph = helper.make_graph(nodes, "linears", places[:1], places[1:], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"x": x.float().numpy()})
 
 
@@ -315,9 +319,8 @@ def _is_installed(runtime: str) -> bool:
 def _with_zeros(weight: Tensor, pattern: str) -> Tensor:
     """`weight` with random weights kept: two of each four, or half of all."""
     chance = torch.rand(weight.shape, device=weight.device)
-    if pattern == "2:4":
-        return weight * (chance.unflatten(1, (-1, 4)).argsort(-1) < 2).flatten(1)
-    return weight * (chance < 0.5)
+    kept = (chance.unflatten(1, (-1, 4)).argsort(-1) < 2).flatten(1) if pattern == "2:4" else chance < 0.5
+    return weight.masked_fill(~kept, 0.0)
 
 
 def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> dict[str, tuple[int, int]]:

@@ -291,7 +291,8 @@ def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
         elif weight.dtype not in decode_kernel.DTYPES:
             dense[name] = f"{weight.dtype}, not float16 or bfloat16"
         elif not decode_kernel.is_semi_structured(weight):
-            dense[name] = f"pruned as {pattern}, not 2:4" if pattern else "not 2:4"
+            minus = decode_kernel.is_semi_structured(weight + 0.0)
+            dense[name] = "2:4 with zeros that are -0.0, write +0.0" if minus else f"not 2:4{f' but {pattern}' * bool(pattern)}"
         else:
             dense.pop(name, None)
             linears[name] = module
