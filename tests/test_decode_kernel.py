@@ -93,10 +93,10 @@ else:
     @pytest.mark.parametrize("rows", range(1, 17))
     def test_exact(rows, dtype):
         tensor_cores = int(rows > 2)
-        for shape in SHAPES[rows % 2 :: 2]:
-            weight, x = integers(*shape, dtype, rows), integers(rows, shape[1], dtype, 1)
-            y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
-            assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t()).to(dtype))
+        shape = SHAPES[(rows + DTYPES.index(dtype)) % len(SHAPES)]
+        weight, x = integers(*shape, dtype, rows), integers(rows, shape[1], dtype, 1)
+        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t()).to(dtype))
 
     @pytest.mark.parametrize("schedule", TILES.values())
     def test_rounding(schedule):
@@ -110,12 +110,12 @@ else:
             tolerance = 258 * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()
             assert ((y - exact).abs() <= tolerance * 1.001).all()
 
-    def test_all_that_is_read_is_the_input(rows=3):
-        """A view that does not begin at eight bytes, rows apart, and more rows than a tile."""
-        weight, x = integers(9, 36, torch.bfloat16), integers(20, 40, torch.bfloat16, 1)[:, 1:37]
-        for tensor_cores in (0, 1):
-            y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
-            assert torch.equal(y.float(), x.float() @ weight.float().t())
+    @pytest.mark.parametrize("tensor_cores, rows", [(0, 3), (1, 20)])
+    def test_views_and_more_rows_than_a_tile(tensor_cores, rows):
+        """A view whose rows lie apart and do not begin at multiples of eight bytes."""
+        weight, x = integers(9, 36, torch.bfloat16), integers(rows, 40, torch.bfloat16, 1)[:, 1:37]
+        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        assert torch.equal(y.float(), x.float() @ weight.float().t())
 
     def test_the_operator():
         weight, x = integers(9, 30, torch.float16), integers(2, 30, torch.float16, 1).requires_grad_()
@@ -140,7 +140,7 @@ else:
     def pruned():
         import hf_prune
 
-        model = make("qwen2", dtype=torch.bfloat16)  # it has biases
+        model = make("qwen2", dtype=torch.bfloat16, num_hidden_layers=1)  # it has biases
         model.prune(hf_prune.PruningConfig("magnitude", pattern="2:4", exclude=["*.o_proj"]))
         return model
 
@@ -149,7 +149,7 @@ else:
         dense, model, before = copy.deepcopy(pruned), copy.deepcopy(pruned), snapshot(pruned)
         report = to_semi_structured(model, use=use)
         packed = [name for name, module in model.named_modules() if isinstance(module, semi_structured.SemiStructuredLinear)]
-        assert packed == list(report.plans) and len(packed) == 12
+        assert packed == list(report.plans) and len(packed) == 6
         assert report.dense["model.layers.0.self_attn.o_proj"] == report.dense["lm_head"] == "not 2:4"
         assert (report.bytes_after < report.bytes_before) == (use == "decode")
         assert "not 2:4: model.layers.0.self_attn.o_proj" in str(report) and "no CUDA device" in str(report)
@@ -227,19 +227,20 @@ else:
 
     def test_plans_follow_what_was_measured(monkeypatch):
         """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""
-        milliseconds = {"dense": 1.0, "decode": 0.6}
+        infinity = float("inf")
+        monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[1, 1]])))
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: milliseconds["dense" if run.func is not None else ""])
-        weight = integers(16, 32, torch.float16)
-        plan = semi_structured.measured_plan(weight, None)
-        assert plan.steps == ((float("inf"), "dense"),) and {"cusparselt", "cutlass"} == set(plan.missing)
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.6 if "decode" in str(run.func) else 1.0)
+        plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
+        assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 16]
+        monkeypatch.undo()
 
         spent = {
             rows: {"dense": 1.0, "cusparselt": 0.5 if rows >= 1024 else 2.0, "cutlass": 0.9} for rows in semi_structured.ROWS
         }
         for rows in (1, 2, 4, 8, 16):
             spent[rows] |= {"decode": 0.6 if rows < 16 else 0.99, "cutlass": 3.0}
-        infinity = float("inf")
         assert semi_structured._steps(spent, "any") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
         assert semi_structured._steps(spent, "decode") == ((16, "decode"), (infinity, "unpacked"))
         assert semi_structured._steps(spent, "prefill") == ((infinity, "cusparselt"),)

@@ -105,23 +105,29 @@ def advise(
     model: PreTrainedModel | PretrainedConfig | str | Path,
     device: str | torch.device | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str = "auto",
+    gguf_file: str | None = None,
 ) -> Advice:
     """What 2:4, unstructured and structured pruning would gain for `model` on this machine; `print` it.
 
     Args:
         model: a model, its config, or a folder or Hub name; weights are not read.
         device: "cpu" or "cuda"; default is "cuda" where there is one.
-        dtype: of the weights; default is the model's own.
+        dtype: of the weights, as torch.bfloat16 or "bfloat16"; "auto" is the model's own.
+        gguf_file: name of a GGUF file in the folder that is to be read instead of config.json.
 
     Raises:
         TypeError, ValueError: no causal language model, or a device that is not here.
     """
     started = time.perf_counter()
-    model, device = _skeleton(model), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"advise measures on 'cpu', or on 'cuda' where there is one; got device {str(device)!r}.")
-    dtype = dtype or model.dtype
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        raise ValueError(f"advise measures on 'cpu', or on 'cuda' where there is one; got device {device!r}.")
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {kind!r}.")
+    model, device = _skeleton(model, gguf_file), torch.device(device)
+    dtype = model.dtype if kind == "auto" else getattr(torch, kind)
     shapes = _shapes_of(model, dtype)
     speed, not_measured = _measure(shapes, device, dtype)
     sizes = _sizes(model, shapes, dtype)
@@ -133,13 +139,13 @@ def advise(
     return advice
 
 
-def _skeleton(model: Any) -> PreTrainedModel:
+def _skeleton(model: Any, gguf_file: str | None) -> PreTrainedModel:
     """The model, on the meta device if it was only named."""
     if isinstance(model, PreTrainedModel):
         return model
     if isinstance(model, (str, Path)):
         try:
-            model = AutoConfig.from_pretrained(model)
+            model = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
         except (OSError, ValueError) as error:
             raise ValueError(f"{str(model)!r} is no folder or Hub name of a model: {str(error).splitlines()[0]}") from error
     if not isinstance(model, PretrainedConfig):

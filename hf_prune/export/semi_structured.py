@@ -26,8 +26,8 @@ from ..report import by_reason, table
 
 try:
     from . import decode_kernel
-except ImportError as error:
-    raise ImportError("2:4 inference needs Triton: pip install 'hf-prune[sparse]'.") from error
+except ImportError:  # no Triton
+    decode_kernel = None
 
 USES = ("any", "decode", "prefill")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # what is measured
@@ -52,7 +52,7 @@ class Plan:
     """
 
     steps: tuple[tuple[float, str], ...]
-    schedules: tuple[tuple[float, decode_kernel.Schedule], ...] = ((math.inf, decode_kernel.Schedule()),)
+    schedules: tuple[tuple[float, decode_kernel.Schedule], ...] = ()
     milliseconds: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
     missing: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -187,11 +187,14 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     Raises:
         TypeError, ValueError: no model, not on CUDA, nothing that is 2:4 in float16 or bfloat16; nothing has changed then. With
             TRITON_INTERPRET=1 in the environment a model on the CPU is taken, for tests: exact, very slow, and not measured.
+        ImportError: no Triton.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"to_semi_structured takes a model, got a {type(model).__name__}.")
     if use not in USES:
         raise ValueError(f"use={use!r} is not known: it is one of {', '.join(map(repr, USES))}.")
+    if decode_kernel is None:
+        raise ImportError("2:4 inference needs Triton: pip install 'hf-prune[sparse]'.")
     if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
         raise ValueError("the model is packed already: call hf_prune.to_dense(model) first.")
     device = _device_of(model)
