@@ -1,5 +1,7 @@
 """hf_prune: prune language models of Hugging Face Transformers. Importing it gives every `PreTrainedModel` its `prune()`."""
 
+import importlib
+
 from .blocks import Decoder, Linear
 from .calibration import calibration_sequences
 from .config import PruningConfig
@@ -25,27 +27,20 @@ __all__ = [
     "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_checkpoint", "prune_iteratively", "prune_model", "reconstruct", "register",
-    "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise",
+    "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise", "advise", "to_dense", "to_semi_structured",
 ]  # fmt: skip
 
 install()
 
-_RUNTIMES = {
-    "ExportReport": "exporting", "check_zeros": "quantised", "export": "exporting", "load_exported": "exported", "quantise": "quantised",
+_LATER = {  # name -> module that takes seconds to import, or needs more than hf_prune installs
+    "EfficientLLMCallback": "pretraining", "KeepMasksCallback": "callbacks", "PERPCallback": "callbacks",
+    "ExportReport": "runtimes.exporting", "export": "runtimes.exporting", "load_exported": "runtimes.exported",
+    "check_zeros": "runtimes.quantised", "quantise": "runtimes.quantised", "advise": "runtimes.advise",
+    "to_dense": "runtimes.semi_structured", "to_semi_structured": "runtimes.semi_structured",
 }  # fmt: skip
 
 
 def __getattr__(name: str):
-    if name in ("KeepMasksCallback", "PERPCallback"):  # Trainer's modules take seconds to import
-        from . import callbacks
-
-        return getattr(callbacks, name)
-    if name == "EfficientLLMCallback":
-        from .pretraining import EfficientLLMCallback
-
-        return EfficientLLMCallback
-    if name in _RUNTIMES:
-        import importlib
-
-        return getattr(importlib.import_module(f".runtimes.{_RUNTIMES[name]}", __name__), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command `hf-prune`: prune, perplexity, inspect, expand, export. Arguments in, one call of the library, text out."""
+"""The command `hf-prune`: prune, perplexity, inspect, expand, export, advise. Arguments in, one call of the library, text out."""
 
 from __future__ import annotations
 
@@ -78,9 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--pattern", help="refuse a model that is not pruned so throughout, such as 2:4")
     export.set_defaults(run=_export)
 
-    for command in (prune, perplexity):
+    advise = commands.add_parser("advise", help="tell what pruning would gain on this machine: speed, sizes, a recommendation")
+    advise.add_argument("model", help="folder or Hub name; only its config is read")
+    advise.add_argument("--json", action="store_true", help="print JSON")
+    advise.set_defaults(run=_advise)
+
+    for command in (prune, perplexity, advise):
         command.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; default: as saved")
-        command.add_argument("--device", default="cpu")
+        command.add_argument("--device", default=None if command is advise else "cpu")
         command.add_argument("--gguf-file", help="name of a GGUF file in the folder")
     return parser
 
@@ -171,6 +176,14 @@ def _export(args) -> int:
 
     print(export(args.model, args.output, format=args.format, weights=args.weights, pattern=args.pattern))
     print(f"saved to {args.output}")
+    return 0
+
+
+def _advise(args) -> int:
+    from .runtimes.advise import advise
+
+    advice = advise(args.model, args.device, dtype=args.dtype, gguf_file=args.gguf_file)
+    print(json.dumps(advice.to_dict(), indent=2) if args.json else advice)
     return 0
 
 

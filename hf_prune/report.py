@@ -142,11 +142,7 @@ class PruningReport:
                 f"reconstruction: error on held-out calibration text {_mean([a for a, _ in pairs]):.4f} before, "
                 f"{_mean([b for _, b in pairs]):.4f} after" + (f"; no better, so left alone: {', '.join(kept)}" if kept else "")
             )
-        reasons: dict[str, list[str]] = {}
-        for name, why in {**self.skipped, **self.notes}.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            lines.append(f"{why}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+        lines += by_reason({**self.skipped, **self.notes})
         return lines
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -167,10 +163,7 @@ class PruningReport:
     def __str__(self) -> str:
         if self.structure:
             return "\n".join(self._summary())
-        rows = [_COLUMNS, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*table, *self._summary()])
+        return "\n".join([table([_COLUMNS, *self._rows()]), *self._summary()])
 
 
 _COLUMNS = ("block", "sparsity", "pattern holds", "mean linear error", "block error", "seconds")
@@ -179,3 +172,19 @@ _COLUMNS = ("block", "sparsity", "pattern holds", "mean linear error", "block er
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """`rows`, the first of which is the head, in columns; the last cell of a shorter row may run over the rest."""
+    columns = len(rows[0])
+    widths = [max(len(row[i]) for row in rows if len(row) == columns) for i in range(columns)]
+    widths[0] = max(len(row[0]) for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def by_reason(reasons: dict[str, str]) -> list[str]:
+    """A line for each reason in `reasons`, name -> why, with the first three names."""
+    names: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        names.setdefault(why, []).append(name)
+    return [f"{why}: {', '.join(n[:3])}{f' and {len(n) - 3} more' if len(n) > 3 else ''}" for why, n in names.items()]

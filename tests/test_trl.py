@@ -26,7 +26,9 @@ def trained(model, tokenizer, folder, callback, **changes):
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("callback", [lambda: PERPCallback(("mask_lora", "norm")), lambda: PERPCallback("full"), KeepMasksCallback])
+@pytest.mark.parametrize(
+    "callback", [lambda: PERPCallback(("mask_lora", "norm")), lambda: PERPCallback("full"), KeepMasksCallback]
+)
 def test_masks_hold(callback, gradient_checkpointing, tokenizer, tmp_path):
     model = make("llama")
     model.prune(PruningConfig(pattern="2:4", n_samples=6, sequence_length=24), ids_for())

@@ -1,0 +1,373 @@
+"""What pruning would gain on this machine, told before anyone prunes: shapes, speed, sizes, and a recommendation.
+
+Speed is that of the model's linears, each distinct shape timed on random weights with the zeros in question; no checkpoint is read. A
+backend that is not here has no number. Leaves out quality, and what no pattern makes faster: attention, norms, the head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..report import table
+
+
+ROWS = (1, 16, 512)  # decoding, a small batch, a prompt
+KEPT = 0.7  # of each matrix, by the structured contender
+GAIN = 1.1  # what a pattern has to gain to be recommended
+COLD = 2**25  # bytes of weights that pass before one comes again: decoding does not find them in a cache
+LARGEST = 2**22  # weights of a matrix that is timed on a CPU: of larger ones some rows
+
+DENSE, STRUCTURED = "dense, torch", f"structured, {KEPT:.0%} kept"
+FORMS = {"cutlass": "2:4, torch CUTLASS", "cusparselt": "2:4, cuSPARSELt", "decode": "2:4, our decode kernel"}
+ON_CPU = ("2:4, torch.sparse", "50 %, torch.sparse")
+RUNTIMES = {"OpenVINO CPU": ("openvino",), "ONNX Runtime CPU": ("onnxruntime", "onnx")}
+
+
+@dataclass
+class Shape:
+    """Linears of one shape: globs of their names, and what cannot be had, as backend (or "2:4") -> why."""
+
+    out_features: int
+    in_features: int
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"({self.out_features}, {self.in_features})"
+
+
+@dataclass
+class Advice:
+    """What `advise` found; prints as tables.
+
+    Attributes:
+        speed: contender -> rows -> seconds of torch's dense linears over its own, all of the model together.
+        not_measured: contender -> why it has no number.
+        sizes: form -> (bytes of its files, bytes of its weights in memory).
+        recommendation: "2:4", "unstructured", "structured" or "nothing".
+    """
+
+    model: str
+    device: str
+    dtype: str
+    parameters: int
+    shapes: list[Shape]
+    speed: dict[str, dict[int, float]]
+    not_measured: dict[str, str]
+    sizes: dict[str, tuple[int, int]]
+    recommendation: str
+    reason: str
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        checked = ("2:4", *FORMS.values())
+        fits = [("shape", "linears", *checked)]
+        for shape in self.shapes:
+            fits.append((str(shape), str(shape.count), *("no" if name in shape.problems else "fits" for name in checked)))
+        speed = [("linears", *(f"{rows} rows" for rows in ROWS)), (DENSE, *["1.00x"] * len(ROWS))]
+        speed += [(name, *(f"{by_rows[rows]:.2f}x" for rows in ROWS)) for name, by_rows in self.speed.items()]
+        speed += [(name, f"not measured here: {why}") for name, why in self.not_measured.items()]
+        sizes = [("size", "files", "weights in memory")]
+        for name, both in self.sizes.items():
+            sizes.append((name, *(f"{n / 2**20:.0f} MiB ({n / dense:.2f})" for n, dense in zip(both, self.sizes["dense"]))))
+        problems = [
+            f"{'; '.join(sorted(set(shape.problems.values())))}: {', '.join(shape.names)} {shape}"
+            for shape in self.shapes
+            if shape.problems
+        ]
+        head = (
+            f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}; {self.device}; told in {self.seconds:.0f} s"
+        )
+        end = [*problems, f"recommendation: {self.recommendation}. {self.reason}"]
+        return "\n\n".join([head, table(fits), table(speed), table(sizes), "\n".join(end)])
+
+
+def advise(
+    model: PreTrainedModel | PretrainedConfig | str | Path,
+    device: str | torch.device | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    gguf_file: str | None = None,
+) -> Advice:
+    """What 2:4, unstructured and structured pruning would gain for `model` on this machine; `print` it.
+
+    Args:
+        model: a model, its config, or a folder or Hub name; weights are not read.
+        device: "cpu" or "cuda"; default is "cuda" where there is one.
+        dtype: of the weights, as torch.bfloat16 or "bfloat16"; "auto" is the model's own.
+        gguf_file: name of a GGUF file in the folder that is to be read instead of config.json.
+
+    Raises:
+        TypeError, ValueError: no causal language model, or a device that is not here.
+    """
+    started = time.perf_counter()
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
+        raise ValueError(f"advise measures on 'cpu', or on 'cuda' where there is one; got device {device!r}.")
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {kind!r}.")
+    model, device = _skeleton(model, gguf_file), torch.device(device)
+    dtype = model.dtype if kind == "auto" else getattr(torch, kind)
+    shapes = _shapes_of(model, dtype)
+    speed, not_measured = _measure(shapes, device, dtype)
+    sizes = _sizes(model, shapes, dtype)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    words = type(model).__name__, where, str(dtype).removeprefix("torch."), parameters
+    advice = Advice(*words, shapes, speed, not_measured, sizes, *_recommendation(speed))
+    advice.seconds = time.perf_counter() - started
+    return advice
+
+
+def _skeleton(model: Any, gguf_file: str | None) -> PreTrainedModel:
+    """The model, on the meta device if it was only named."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if isinstance(model, (str, Path)):
+        try:
+            model = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{str(model)!r} is no folder or Hub name of a model: {str(error).splitlines()[0]}") from error
+    if not isinstance(model, PretrainedConfig):
+        raise TypeError(
+            f"advise takes a model of Transformers, its config, or a folder or Hub name, got a {type(model).__name__}."
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{type(model).__name__} is the config of no causal language model that Transformers knows."
+        ) from error
+
+
+def _shapes_of(model: PreTrainedModel, dtype: torch.dtype) -> list[Shape]:
+    shapes: dict[tuple[int, int], Shape] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings():
+            size = tuple(module.weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
+            shape = shapes.setdefault(size, Shape(*size, problems=_problems(*size, dtype)))
+            shape.count += 1
+            if (glob := re.sub(r"\.\d+(?=\.|$)", ".*", name)) not in shape.names:
+                shape.names.append(glob)
+    if not shapes:
+        raise ValueError(f"{type(model).__name__} has no linears but its head: it cannot be told what pruning would gain.")
+    return list(shapes.values())
+
+
+def _problems(out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, str]:
+    if in_features % 4:
+        why = f"2:4 is impossible, since in_features {in_features} is not divisible by 4"
+        return dict.fromkeys(("2:4", *FORMS.values()), why)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return dict.fromkeys(FORMS.values(), f"2:4 on a GPU needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+    problems = {}
+    for form, kind in (
+        ("cutlass", "SparseSemiStructuredTensorCUTLASS"),
+        ("cusparselt", "SparseSemiStructuredTensorCUSPARSELT"),
+    ):
+        least = getattr(torch.sparse, kind)._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]
+        if out_features % least[0] or in_features % least[1]:
+            problems[FORMS[form]] = f"{FORMS[form]} needs multiples of {least}"
+    return problems
+
+
+def _measure(
+    shapes: list[Shape], device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
+    elsewhere = ON_CPU if device.type == "cuda" else FORMS.values()
+    missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
+    missing |= {f"2:4, {name}": "not installed" for name in RUNTIMES if not _is_installed(name)}
+    missing["2:4, TensorRT"] = "it builds engines of whole graphs"
+    measured: list[tuple[int, dict[str, dict[int, float]]]] = []
+    for shape in shapes:
+        seconds, why = _on_gpu(shape, device, dtype) if device.type == "cuda" else _on_cpu(shape, dtype)
+        missing |= why
+        measured.append((shape.count, seconds))
+
+    def total(name: str, rows: int) -> float:  # where a shape cannot have the pattern, it stays dense
+        dense = f"dense, {name.split(', ')[1]}"
+        return sum(count * seconds.get(name, seconds.get(dense, seconds[DENSE]))[rows] for count, seconds in measured)
+
+    names = dict.fromkeys(name for _, seconds in measured for name in seconds if name not in {DENSE, *missing})
+    return {name: {rows: total(DENSE, rows) / total(name, rows) for rows in ROWS} for name in names}, missing
+
+
+def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Contender -> rows -> milliseconds, and why others have none; as `to_semi_structured` would find them."""
+    from .semi_structured import measured_plan, milliseconds, sample
+
+    weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
+    smaller = weight[: math.ceil(KEPT * len(weight))].clone()
+    plan = measured_plan(weight if "2:4" in shape.problems else _with_zeros(weight, "2:4"), None)
+    spent: dict[str, dict[int, float]] = {STRUCTURED: {}}
+    for rows in ROWS:
+        spent[STRUCTURED][rows] = milliseconds(partial(functional.linear, sample(rows, weight), smaller))
+        for form in {"dense", *FORMS} - set(plan.missing):  # the decode kernel is for 16 rows: above, dense runs
+            by_form = plan.milliseconds[rows]
+            spent.setdefault(FORMS.get(form, DENSE), {})[rows] = by_form.get(form, by_form["dense"])
+    impossible = "2:4" in shape.problems
+    return spent, {} if impossible else {FORMS[form]: f"{shape}: {why}" for form, why in plan.missing.items()}
+
+
+def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
+    """Contender -> rows -> seconds for one linear, and why others have none."""
+    out_features = max(1, min(shape.out_features, LARGEST // shape.in_features))
+    weight = torch.randn(out_features, shape.in_features, dtype=dtype)
+    makers: dict[str, Callable[[int], Callable[[Tensor], Any]]] = {
+        DENSE: partial(_in_torch, weight),
+        STRUCTURED: partial(_in_torch, weight[: math.ceil(KEPT * out_features)]),
+        "50 %, torch.sparse": partial(_in_torch_sparse, _with_zeros(weight, "50 %")),
+    }
+    if "2:4" not in shape.problems:
+        makers["2:4, torch.sparse"] = partial(_in_torch_sparse, _with_zeros(weight, "2:4"))
+    for name, make in (("OpenVINO CPU", _in_openvino), ("ONNX Runtime CPU", _in_onnxruntime)):
+        if _is_installed(name):
+            makers[f"dense, {name}"] = partial(make, weight)
+            if "2:4" not in shape.problems:
+                makers[f"2:4, {name}"] = partial(make, _with_zeros(weight, "2:4"))
+    seconds: dict[str, dict[int, float]] = {name: {} for name in makers}
+    missing: dict[str, str] = {}
+    many = max(1, min(shape.count, COLD // weight.nbytes))
+    for copies, row_counts in ((many, ROWS[:2]), (1, ROWS[2:])):  # many rows are bound by arithmetic, cold or not
+        runs: dict[str, Callable[[Tensor], Any]] = {}
+        for name in [name for name in makers if name not in missing]:
+            try:
+                runs[name] = makers[name](copies)
+                runs[name](weight[:1])
+            except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
+                runs.pop(name, None)
+                missing[name] = str(error).splitlines()[0]
+        for rows in row_counts:
+            x = torch.randn(rows, shape.in_features, dtype=dtype)
+            for name, best in _fastest({name: partial(run, x) for name, run in runs.items()}).items():
+                seconds[name][rows] = best / copies * shape.out_features / out_features
+    return {name: by_rows for name, by_rows in seconds.items() if name not in missing}, missing
+
+
+def _fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Least seconds of each, in turns, so that what else the machine does meets all of them; slow ones run fewer times."""
+    best = dict.fromkeys(runs, math.inf)
+    spent = dict.fromkeys(runs, 0.0)
+    for turn in range(12):
+        for name, run in runs.items():
+            if turn < 2 or spent[name] < 0.15:
+                started = time.perf_counter()
+                run()
+                elapsed = time.perf_counter() - started
+                best[name], spent[name] = min(best[name], elapsed), spent[name] + elapsed
+    return best
+
+
+def _in_torch(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
+    weights = [weight.clone() for _ in range(copies)]
+    return lambda x: [functional.linear(x, weight) for weight in weights]
+
+
+def _in_torch_sparse(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
+    weights = [weight.to_sparse_csr() for _ in range(copies)]
+    return lambda x: [weight @ x.t() for weight in weights]
+
+
+def _in_openvino(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
+    import openvino
+    from openvino import opset13
+
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    x = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
+    matrices = (weight.float().numpy() * (1 + i) for i in range(copies))  # equal ones would be computed once
+    products = [opset13.matmul(x, matrix, False, True) for matrix in matrices]
+    request = openvino.Core().compile_model(openvino.Model(products, [x]), "CPU", threads).create_infer_request()
+    return lambda x: request.infer([x.float().numpy()])
+
+
+def _in_onnxruntime(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    matrix = weight.float().t().numpy()
+    places = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", *(f"y{i}" for i in range(copies)))]
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(copies)]
+    weights = [numpy_helper.from_array(matrix * (1 + i), f"w{i}") for i in range(copies)]
+    graph = helper.make_graph(nodes, "linears", places[:1], places[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x.float().numpy()})
+
+
+def _is_installed(runtime: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in RUNTIMES[runtime])
+
+
+def _with_zeros(weight: Tensor, pattern: str) -> Tensor:
+    """`weight` with random weights kept: two of each four, or half of all."""
+    chance = torch.rand(weight.shape, device=weight.device)
+    kept = (chance.unflatten(1, (-1, 4)).argsort(-1) < 2).flatten(1) if pattern == "2:4" else chance < 0.5
+    return weight.masked_fill(~kept, 0.0)
+
+
+def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Form -> bytes of files and of weights in memory; embeddings, head and norms stay dense in all of them."""
+    whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    linears = bits = coded = 0
+    for shape in shapes:
+        numel, mask = (
+            shape.count * shape.out_features * shape.in_features,
+            shape.count * shape.out_features * -(-shape.in_features // 8),
+        )
+        linears, bits = linears + numel * dtype.itemsize, bits + mask
+        coded += mask if shape.in_features % 8 else numel // 12  # as masks.py stores them
+    rest = whole - linears
+    sizes = {"dense": (whole, whole)}
+    if not any("2:4" in shape.problems for shape in shapes):
+        sizes["2:4, ordinary folder"] = whole + coded, whole
+        sizes["2:4, compact folder"] = rest + linears // 2 + coded, whole
+        if dtype.itemsize == 2:
+            sizes["2:4, packed for decoding on a GPU"] = whole + coded, rest + linears * 9 // 16
+    sizes["50 %, compact folder"] = rest + linears // 2 + bits, whole
+    return sizes | {STRUCTURED: (rest + int(linears * KEPT),) * 2}
+
+
+def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
+    """The pattern that gains most over all row counts and loses at none, and why."""
+    gains: dict[str, list[float]] = {}
+    for name, by_rows in speed.items():
+        kind, where = name.split(", ")
+        if kind != "dense":  # a runtime's gain over torch is not that of the pattern
+            base = speed.get(f"dense, {where}", {})
+            gains[name] = [by_rows[rows] / base.get(rows, 1.0) for rows in ROWS]
+    if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
+        gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
+    words = {name: ", ".join(f"{gain:.2f}x at {rows}" for rows, gain in zip(ROWS, of)) for name, of in gains.items()}
+    good = {name: math.prod(of) ** (1 / len(of)) for name, of in gains.items() if min(of) > 0.95}
+    best = max(good, key=good.get, default=None)
+    vain = [f"{name} ({words[name]})" for name in gains if not name.startswith("structured") and good.get(name, 0) < GAIN]
+    files = "zeros still make compact files smaller"
+    rest = f" No gain in speed: {'; '.join(vain)}; {files}." if vain else ""
+    if best is None or good[best] < GAIN:
+        return "nothing", f"No pattern gains {GAIN}x here.{rest}"
+    pattern = {"2:4": "2:4", "50 %": "unstructured"}.get(best.split(", ")[0], "structured")
+    return pattern, f"{best}: {words[best]} rows, over dense.{rest}"

@@ -1,0 +1,414 @@
+"""A 2:4 model that runs on what is fastest for the number of rows: our kernel for a few, sparse tensor cores for many, dense between.
+
+Each `nn.Linear` whose weight is 2:4 becomes a `SemiStructuredLinear` in place, holding only the forms that its plan uses. The plan is
+measured on the device, once a shape. Leaves out how the kernel works (`decode_kernel.py`), and int8 and fp8.
+
+Memory, in units of the dense weight: packed for few rows 0.5625, for a library 0.5625, dense 1. With `use="any"` a linear may hold all
+three (2.125), since no form serves all row counts: that is the price of never being slower than dense. `use="decode"` holds the first
+alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..report import by_reason, table
+
+
+try:
+    from . import decode_kernel
+except ImportError:  # no Triton
+    decode_kernel = None
+
+USES = ("any", "decode", "prefill")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # what is measured
+PREFILL_ROWS = 2048
+LIBRARIES = {
+    "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+    "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
+}
+NOISE = 1.03  # another form is taken where dense takes this much longer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs for how many rows of one shape.
+
+    Attributes:
+        steps: (most rows, form) in ascending order; a form is "decode", "cusparselt", "cutlass", "dense" or "unpacked", which
+            makes the dense weight anew at each call.
+        schedules: (most rows, schedule of the decode kernel).
+        milliseconds: rows -> form -> what was measured; empty in Triton's interpreter.
+        missing: form -> why it could not be measured.
+    """
+
+    steps: tuple[tuple[float, str], ...]
+    schedules: tuple[tuple[float, decode_kernel.Schedule], ...] = ()
+    milliseconds: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
+    missing: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def form(self, rows: int) -> str:
+        return next(form for most, form in self.steps if rows <= most)
+
+    def schedule(self, rows: int) -> decode_kernel.Schedule:
+        return next(schedule for most, schedule in self.schedules if rows <= most)
+
+    @property
+    def forms(self) -> set[str]:
+        return {form for _, form in self.steps}
+
+    def __str__(self) -> str:
+        bounds = [f"{form} to {most} rows" if most < math.inf else f"{form} above" for most, form in self.steps]
+        return ", ".join(bounds) if len(bounds) > 1 else self.steps[0][1]
+
+
+class SemiStructuredLinear(nn.Linear):
+    """A linear whose weight is held in the forms of its plan; made from an `nn.Linear` in place, and back. For inference only.
+
+    `weight` is the dense weight, made anew where it is not held; `state_dict()` has it, so what is saved is a dense model.
+    """
+
+    plan: Plan
+    values: Tensor | None
+    codes: Tensor | None
+    library: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        if (dense := self._parameters.get("weight")) is not None:
+            return dense
+        if self.values is not None:
+            return decode_kernel.unpack(self.values, self.codes, self.in_features)
+        return self.library.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        rows = flat.shape[0]
+        form = self.plan.form(rows)
+        if form == "decode":
+            y = decode_kernel.sparse24_linear(flat, self.values, self.codes, list(self.plan.schedule(rows)))
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = functional.linear(flat, self.library if form in LIBRARIES else self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        raise ValueError(f"{prefix}weight is packed: call hf_prune.to_dense(model) before loading weights.")
+
+
+def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
+    weight, weight_requires_grad = linear.weight.detach(), linear.weight.requires_grad
+    values = codes = library = None
+    if plan.forms & {"decode", "unpacked"}:
+        values, codes = decode_kernel.pack(weight)
+    for name in plan.forms & set(LIBRARIES):
+        library = LIBRARIES[name].from_dense(weight.contiguous())
+    if "dense" not in plan.forms:
+        del linear._parameters["weight"]
+    linear.__class__ = SemiStructuredLinear
+    linear.plan, linear.trained = plan, weight_requires_grad
+    for name, tensor in (("values", values), ("codes", codes), ("library", library)):
+        linear.register_buffer(name, tensor, persistent=False)
+
+
+@dataclass
+class SemiStructuredReport:
+    """What `to_semi_structured` did; prints as a table.
+
+    Attributes:
+        plans: linear -> plan, of those that were converted.
+        shapes: linear -> (out, in), of the same.
+        dense: linear -> why it was left dense.
+        bytes_before, bytes_after: of the weights of the converted linears.
+    """
+
+    device: str
+    use: str
+    plans: dict[str, Plan] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        converted = [
+            {"name": name, "shape": list(self.shapes[name]), "plan": str(plan), "milliseconds": plan.milliseconds, "missing": plan.missing}
+            for name, plan in self.plans.items()
+        ]  # fmt: skip
+        rest = {key: getattr(self, key) for key in ("device", "use", "dense", "bytes_before", "bytes_after")}
+        return {**rest, "converted": converted}
+
+    def __str__(self) -> str:
+        groups: dict[tuple, list[str]] = defaultdict(list)
+        for name, plan in self.plans.items():
+            groups[self.shapes[name], plan].append(name)
+        rows = [("(out, in)", "linears", *(f"{rows} rows" for rows in (1, 16, PREFILL_ROWS)), "plan")]
+        for (shape, plan), names in groups.items():
+            rows.append((str(shape), str(len(names)), *(_speed_up(plan, n) for n in (1, 16, PREFILL_ROWS)), str(plan)))
+        total = (
+            f"{len(self.plans)} linears on {self.device}, use={self.use!r}: {self.bytes_before / 2**20:.1f} MiB of weights before, "
+            f"{self.bytes_after / 2**20:.1f} after; the columns of rows are the speed-up over dense"
+        )
+        missing = [(f"{name} ({form})", why) for name, plan in self.plans.items() for form, why in plan.missing.items()]
+        reasons = {name: f"left dense, {why}" for name, why in self.dense.items()} | dict(missing)
+        return "\n".join([table(rows), total, *by_reason(reasons)])
+
+
+def _speed_up(plan: Plan, rows: int) -> str:
+    measured = plan.milliseconds.get(rows, {})
+    form = plan.form(rows)
+    return f"{measured['dense'] / measured[form]:.2f}x" if form in measured else "not measured"
+
+
+def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredReport:
+    """Packs the 2:4 linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
+
+    `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
+    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is.
+
+    Args:
+        use: "any" is never slower than dense and takes the memory of all forms it needs; "decode" and "prefill" hold one packed
+            form, 0.5625 of the dense weight, and are slow for what they were not made for.
+
+    Raises:
+        TypeError, ValueError: no model, not on CUDA, nothing that is 2:4 in float16 or bfloat16; nothing has changed then. With
+            TRITON_INTERPRET=1 in the environment a model on the CPU is taken, for tests: exact, very slow, and not measured.
+        ImportError: no Triton.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_semi_structured takes a model, got a {type(model).__name__}.")
+    if use not in USES:
+        raise ValueError(f"use={use!r} is not known: it is one of {', '.join(map(repr, USES))}.")
+    if decode_kernel is None:
+        raise ImportError("2:4 inference needs Triton: pip install 'hf-prune[sparse]'.")
+    if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
+        raise ValueError("the model is packed already: call hf_prune.to_dense(model) first.")
+    device = _device_of(model)
+    linears, dense = _eligible(model)
+    if not linears:
+        reasons = sorted(set(dense.values())) or ["it has no nn.Linear"]
+        raise ValueError(f"nothing to pack: {'; '.join(reasons)}. Prune with pattern='2:4' and load in bfloat16 or float16.")
+    report = SemiStructuredReport(torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter", use)
+    plan_for = measured_plan if device.type == "cuda" else _interpreted_plan
+    plans: dict[tuple, Plan] = {}
+    for name, linear in linears.items():  # all that can fail comes before the first linear changes
+        key = *linear.weight.shape, linear.weight.dtype, linear.bias is None
+        plans[key] = report.plans[name] = plans.get(key) or plan_for(linear.weight.detach().contiguous(), linear.bias, use)
+    report.dense = dense
+    for name, linear in linears.items():
+        if report.plans[name].forms == {"dense"}:
+            missing = "".join(f"; no {form}: {why}" for form, why in report.plans.pop(name).missing.items())
+            report.dense[name] = f"nothing that was measured is faster{missing}"
+            continue
+        report.shapes[name] = tuple(linear.weight.shape)
+        report.bytes_before += linear.weight.nbytes
+        _pack_in_place(linear, report.plans[name])
+        report.bytes_after += sum(tensor.nbytes for tensor in _held(linear))
+    if report.plans:
+        for name in _REFUSED:
+            if hasattr(model, name):
+                setattr(model, name, partial(_refuse, name))
+    return report
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Undoes `to_semi_structured` in place: every weight is again what it was, bit for bit. Returns `model`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"to_dense takes a model, got a {type(model).__name__}.")
+    for module in model.modules():
+        if isinstance(module, SemiStructuredLinear):
+            weight, requires_grad = module.weight.detach(), module.trained
+            for name in ("values", "codes", "library"):
+                delattr(module, name)
+            del module.plan, module.trained
+            module.__class__ = nn.Linear
+            if "weight" not in module._parameters:
+                module.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    for name in _REFUSED:
+        model.__dict__.pop(name, None)
+    return model
+
+
+_REFUSED = ("save_pretrained", "push_to_hub", "prune")  # they would read or write parameters that are packed
+
+
+def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"{name} needs plain weights, but the model is packed for 2:4 inference: call hf_prune.to_dense(model) first, which gives "
+        "them back bit for bit. (state_dict() has them as they are.)"
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the model is.
+
+    Raises:
+        ValueError: not where 2:4 runs.
+    """
+    devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
+    kinds = sorted({device.type for device in devices})
+    interpreted = decode_kernel.triton.knobs.runtime.interpret
+    if kinds != ["cuda"] and not (kinds == ["cpu"] and interpreted):
+        there = "call model.to('cuda') first." if torch.cuda.is_available() else "there is no CUDA device here."
+        raise ValueError(
+            f"2:4 inference needs CUDA and the model is on {', '.join(kinds)}: {there} On a CPU 2:4 zeros make nothing faster; a smaller "
+            "model does (PruningConfig('taylor', parameters=0.7)), and save_pretrained(compact=True) makes smaller files. "
+            "hf_prune.advise(model) measures it."
+        )
+    return min(devices, key=str)
+
+
+def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linears that are 2:4, and why others are not taken: whatever has masks, and every `nn.Linear`."""
+    masks = getattr(model, "pruning_masks", None) or {}
+    patterns = getattr(masks, "patterns", {})
+    owners: dict[int, int] = defaultdict(int)
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] += 1
+    linears: dict[str, nn.Linear] = {}
+    dense = {name.removesuffix(".weight"): "no nn.Linear" for name in masks}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        weight, pattern = module.weight, patterns.get(f"{name}.weight")
+        if type(module) is not nn.Linear:
+            dense[name] = f"a {type(module).__name__}"
+        elif "forward" in vars(module):
+            dense[name] = "its forward is hooked, as by accelerate's device_map"
+        elif owners[id(weight)] > 1:
+            dense[name] = "shares its weight"
+        elif weight.dtype not in decode_kernel.DTYPES:
+            dense[name] = f"{weight.dtype}, not float16 or bfloat16"
+        elif not decode_kernel.is_semi_structured(weight):
+            minus = decode_kernel.is_semi_structured(weight + 0.0)
+            dense[name] = "2:4 with zeros that are -0.0, write +0.0" if minus else f"not 2:4{f' but {pattern}' * bool(pattern)}"
+        else:
+            dense.pop(name, None)
+            linears[name] = module
+    return linears, dense
+
+
+def _interpreted_plan(weight: Tensor, bias: Tensor | None, use: str) -> Plan:
+    if use == "prefill":
+        raise ValueError("use='prefill' needs sparse tensor cores, which Triton's interpreter has not: use 'any' or 'decode'.")
+    tile = decode_kernel.Schedule(block_out=min(256, 1 << (len(weight) - 1).bit_length()), block_words=32)
+    steps = (decode_kernel.MAX_ROWS, "decode"), (math.inf, "dense" if use == "any" else "unpacked")
+    return Plan(steps, ((math.inf, tile),), missing=dict.fromkeys(LIBRARIES, "no CUDA device"))
+
+
+def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any") -> Plan:
+    """The fastest forms for a 2:4 `weight` (out, in) on its GPU; what fails there is in `missing`."""
+    missing: dict[str, str] = {}
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"dense": partial(functional.linear, weight=weight, bias=bias)}
+    schedules: tuple = ()
+    if use != "prefill":
+        try:
+            values, codes = decode_kernel.pack(weight)
+            schedules = _tuned(values, codes, weight)
+
+            def decode(x: Tensor) -> Tensor:
+                schedule = next(schedule for most, schedule in schedules if len(x) <= most)
+                y = decode_kernel.sparse24_linear(x, values, codes, list(schedule))
+                return y if bias is None else y + bias
+
+            runs["decode"] = decode
+        except Exception as error:  # no compiler, an old GPU, ...: whatever it is, dense still runs, and the report says why
+            missing["decode"] = _first_line(error)
+    for name, kind in LIBRARIES.items() if use != "decode" else ():
+        try:
+            library = kind.from_dense(weight)
+            if use == "prefill" and not torch.equal(library.to_dense().view(torch.int16), weight.view(torch.int16)):
+                raise RuntimeError("it does not give the weight back bit for bit")
+            runs[name] = partial(functional.linear, weight=library, bias=bias)
+            _compared(runs[name], sample(PREFILL_ROWS, weight), runs["dense"])
+        except Exception as error:
+            runs.pop(name, None)
+            missing[name] = _first_line(error)
+    spent: dict[int, dict[str, float]] = {}
+    for rows in ROWS:
+        x = sample(rows, weight)
+        fitting = {form: run for form, run in runs.items() if form != "decode" or rows <= decode_kernel.MAX_ROWS}
+        spent[rows] = {form: milliseconds(partial(run, x)) for form, run in fitting.items()}
+    return Plan(_steps(spent, use), schedules, spent, missing)
+
+
+def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
+    """Which form for how many rows. Between two row counts whose best forms differ it is dense, the one that is never bad."""
+    at_prefill = spent[PREFILL_ROWS]
+    library = min(set(at_prefill) & set(LIBRARIES), key=at_prefill.get, default="dense")  # one is held, not both
+    if use == "prefill":
+        return ((math.inf, library),)
+    if use == "decode":
+        packed = "decode" in spent[1]
+        return ((decode_kernel.MAX_ROWS, "decode"), (math.inf, "unpacked")) if packed else ((math.inf, "dense"),)
+    best = []
+    for rows, measured in sorted(spent.items()):
+        form = min(set(measured) & {"dense", "decode", library}, key=measured.get)
+        best.append((rows, form if measured["dense"] > NOISE * measured[form] else "dense"))
+    steps: list[tuple[float, str]] = []
+    for (rows, form), (more, other) in zip(best, best[1:]):
+        if form != other:
+            steps += [(rows, form)] if form != "dense" else []
+            steps += [(more - 1, "dense")] if other != "dense" and (form == "dense" or more - 1 > rows) else []
+    return *steps, (math.inf, best[-1][1])
+
+
+def _tuned(values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[int, decode_kernel.Schedule], ...]:
+    """The fastest schedule for one row, for two and for more, each checked against the dense product."""
+    schedules = []
+    for rows in (1, 2, decode_kernel.MAX_ROWS):
+        x = sample(rows, weight)
+        seconds, problem = {}, RuntimeError("no schedule to try")
+        for schedule in decode_kernel.Schedule.candidates(rows):
+            run = partial(decode_kernel.sparse24_linear, values=values, codes=codes, schedule=list(schedule))
+            try:
+                _compared(run, x, partial(functional.linear, weight=weight))
+                seconds[schedule] = milliseconds(partial(run, x))
+            except Exception as error:  # one that needs more than this GPU has
+                problem = error
+        if not seconds:
+            raise problem
+        schedules.append((rows, min(seconds, key=seconds.get)))
+    return tuple(schedules)
+
+
+def _compared(run: Callable[[Tensor], Tensor], x: Tensor, dense: Callable[[Tensor], Tensor]) -> None:
+    """Raises RuntimeError unless `run` gives what `dense` does, to what 16 bits can hold."""
+    y, expected = run(x).float(), dense(x).float()
+    if not (y - expected).abs().max() <= 0.02 * expected.abs().max():
+        raise RuntimeError("its result differs from the dense product")
+
+
+def sample(rows: int, weight: Tensor) -> Tensor:
+    generator = torch.Generator(weight.device).manual_seed(0)
+    return torch.randn(rows, weight.shape[1], generator=generator, device=weight.device, dtype=weight.dtype)
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Median time, with a cold cache, as in decoding, where every weight is read once a token."""
+    return decode_kernel.triton.testing.do_bench(run, warmup=5, rep=25, return_mode="median")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _held(linear: SemiStructuredLinear) -> Iterator[Tensor]:
+    """The tensors in which the weight of `linear` is held."""
+    yield from (t for t in (linear._parameters.get("weight"), linear.values, linear.codes) if t is not None)
+    if linear.library is not None:  # its own nbytes would be those of the dense matrix
+        yield from (getattr(linear.library, name) for name in linear.library.__tensor_flatten__()[0])

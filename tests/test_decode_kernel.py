@@ -1,0 +1,249 @@
+"""The 2:4 decode kernel and the packed model, in Triton's interpreter, which must be on before triton is imported: the tests run in a
+process of their own. And the kernel as compiled code, which needs no GPU either."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make, snapshot
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton", reason="pip install 'hf-prune[sparse]'")
+
+if not INTERPRETED:
+
+    def test_in_the_interpreter():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+        done = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "1"})
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout
+
+    @pytest.mark.parametrize("rows, architecture", [(1, 80), (16, 90)])
+    def test_compiles_without_a_gpu(rows, architecture, tmp_path, monkeypatch):
+        import triton.language as tl
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        from hf_prune.runtimes.decode_kernel import Schedule, _sparse24_linear
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        schedule = Schedule(8, 64, 1, 0, 4) if rows == 1 else Schedule(16, 16, 1, 1, 1)
+        constants = {
+            "WORDS": 128, "SPLIT": 128, "DTYPE": tl.bfloat16, "OPERAND": tl.bfloat16, "BLOCK_OUT": schedule.block_out,
+            "BLOCK_WORDS": schedule.block_words, "TENSOR_CORES": bool(schedule.tensor_cores), "ROWS": 16,
+        }  # fmt: skip
+        types = {
+            "x": "*i64",
+            "values": "*i32",
+            "codes": "*i32",
+            "y": "*bf16",
+            "rows": "i32",
+            "out_features": "i32",
+            "groups": "i32",
+        }
+        names = [*types, *constants]
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "rows"}
+        source = ASTSource(
+            _sparse24_linear,
+            signature={**types, **dict.fromkeys(constants, "constexpr")},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs=aligned,
+        )
+        options = {"num_warps": schedule.warps, "num_stages": 1}
+        text = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
+        assert text.count("ld.global.v4.b32") >= 9  # the eight lanes' values and their codes, 16 bytes a thread
+        assert ".local" not in text and ("mma.sync" in text) == (rows > 1)
+
+else:
+    from hf_prune import to_dense, to_semi_structured
+    from hf_prune.runtimes import decode_kernel, semi_structured
+    from hf_prune.runtimes.decode_kernel import Schedule, pack, sparse24_linear, unpack
+
+    DTYPES = [torch.float16, torch.bfloat16]
+    SHAPES = [(33, 70), (7, 30), (16, 256), (40, 1030)]  # no multiples; groups cut off; more than one block of words
+    TILES = {(0, 1): Schedule(64, 32, 1, 0), (1, 1): Schedule(64, 32, 1, 1), (1, 2): Schedule(32, 16, 2, 1)}
+
+    def integers(out_features, in_features, dtype, seed=0):
+        """A 2:4 matrix of small integers, some groups with fewer than two: every sum is exact."""
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randint(-3, 4, (out_features, -(-in_features // 4), 4), generator=generator)
+        kept = torch.rand(weight.shape, generator=generator).argsort(-1) < 2
+        return (weight * kept).flatten(1)[:, :in_features].to(dtype)
+
+    def bits(tensor):
+        return tensor.view(torch.int16)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_round_trip(shape, dtype):
+        weight = integers(*shape, dtype)
+        weight[0] = 0
+        weight[1, :2] = torch.tensor([float("nan"), -0.0])
+        weight[1, 2:4] = 0
+        values, codes = pack(weight)
+        assert torch.equal(bits(unpack(values, codes, shape[1])), bits(weight))
+        assert values.nbytes + codes.nbytes <= 0.5625 * weight.nbytes + shape[0] * 20  # at most a group and four words more
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("rows", range(1, 17))
+    def test_exact(rows, dtype):
+        tensor_cores = int(rows > 2)
+        shape = SHAPES[(rows + DTYPES.index(dtype)) % len(SHAPES)]
+        weight, x = integers(*shape, dtype, rows), integers(rows, shape[1], dtype, 1)
+        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t()).to(dtype))
+
+    @pytest.mark.parametrize("schedule", TILES.values())
+    def test_rounding(schedule):
+        """Of random values fp32 sums differ by their order alone, each addition by 2^-24 of what has been added up at most."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(24, 516, generator=generator).masked_fill_(integers(24, 516, torch.float16) == 0, 0.0)
+        for dtype in DTYPES:
+            w, x = weight.to(dtype), torch.randn(2, 516, generator=generator).to(dtype)
+            y = sparse24_linear(x, *pack(w), list(schedule)).double()
+            exact, magnitude = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+            tolerance = 258 * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()
+            assert ((y - exact).abs() <= tolerance * 1.001).all()
+
+    @pytest.mark.parametrize("tensor_cores, rows", [(0, 3), (1, 20)])
+    def test_views_and_more_rows_than_a_tile(tensor_cores, rows):
+        """A view whose rows lie apart and do not begin at multiples of eight bytes."""
+        weight, x = integers(9, 36, torch.bfloat16), integers(rows, 40, torch.bfloat16, 1)[:, 1:37]
+        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        assert torch.equal(y.float(), x.float() @ weight.float().t())
+
+    def test_the_operator():
+        weight, x = integers(9, 30, torch.float16), integers(2, 30, torch.float16, 1).requires_grad_()
+        arguments = (x, *pack(weight), list(TILES[1, 1]))
+        torch.library.opcheck(
+            sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
+        sparse24_linear(*arguments).sum().backward()
+        assert torch.equal(x.grad, weight.sum(0).expand(2, -1))
+
+    def test_bad_weights():
+        with pytest.raises(ValueError, match="not 2:4"):
+            pack(torch.ones(2, 8, dtype=torch.float16))
+        with pytest.raises(TypeError, match="float32"):
+            pack(torch.zeros(2, 8))
+        with pytest.raises(ValueError, match="matrix"):
+            pack(torch.zeros(8, dtype=torch.float16))
+        with pytest.raises(TypeError, match="convert the input"):
+            sparse24_linear(torch.zeros(1, 8), *pack(torch.zeros(2, 8, dtype=torch.float16)), list(Schedule()))
+
+    @pytest.fixture(scope="module")
+    def pruned():
+        import hf_prune
+
+        model = make("qwen2", dtype=torch.bfloat16, num_hidden_layers=1)  # it has biases
+        model.prune(hf_prune.PruningConfig("magnitude", pattern="2:4", exclude=["*.o_proj"]))
+        return model
+
+    @pytest.mark.parametrize("use", ["any", "decode"])
+    def test_model(pruned, use):
+        dense, model, before = copy.deepcopy(pruned), copy.deepcopy(pruned), snapshot(pruned)
+        report = to_semi_structured(model, use=use)
+        packed = [name for name, module in model.named_modules() if isinstance(module, semi_structured.SemiStructuredLinear)]
+        assert packed == list(report.plans) and len(packed) == 6
+        assert report.dense["model.layers.0.self_attn.o_proj"] == report.dense["lm_head"] == "not 2:4"
+        assert (report.bytes_after < report.bytes_before) == (use == "decode")
+        assert "not 2:4: model.layers.0.self_attn.o_proj" in str(report) and "no CUDA device" in str(report)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        ids = torch.arange(3, 27)[None]
+        with torch.no_grad():
+            # 24 rows are dense, the same product; 1 and 4 rows are ours, to the rounding of bfloat16
+            assert torch.equal(model(ids).logits, dense(ids).logits)
+            for length in (1, 4):
+                torch.testing.assert_close(model(ids[:, :length]).logits, dense(ids[:, :length]).logits, atol=0.06, rtol=0.03)
+        assert to_dense(model) is model
+        assert all(type(module) is type(other) for module, other in zip(model.modules(), dense.modules()))
+        assert all(torch.equal(bits(value), bits(before[name])) for name, value in model.named_parameters())
+        assert all(value.requires_grad for value in model.parameters()) and len(list(model.parameters())) == len(before)
+
+    def test_generate_cache_compile_and_copies(pruned, tmp_path):
+        model, dense = copy.deepcopy(pruned), copy.deepcopy(pruned)
+        to_semi_structured(model)
+        ids = torch.arange(3, 7)[None]
+        words = dict(max_new_tokens=2, do_sample=False)
+        expected = dense.generate(ids, **words)
+        assert torch.equal(model.generate(ids, **words), expected)
+        assert torch.equal(model.generate(ids, **words, cache_implementation="static"), expected)
+        twin = copy.deepcopy(model)
+        logits = model(ids).logits
+        assert torch.equal(twin(ids).logits, logits)
+        torch.save(model, tmp_path / "whole.pt")
+        assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(ids).logits, logits)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(ids).logits, logits)
+
+    def test_what_a_packed_model_refuses(pruned, tmp_path):
+        model = copy.deepcopy(pruned)
+        to_semi_structured(model)
+        with pytest.raises(ValueError, match="save_pretrained.*to_dense"):
+            model.save_pretrained(tmp_path / "model")
+        assert not (tmp_path / "model").exists()
+        for call in (model.prune, lambda: model.push_to_hub("x"), lambda: model.load_state_dict(pruned.state_dict())):
+            with pytest.raises(ValueError, match="to_dense"):
+                call()
+        with pytest.raises(ValueError, match="packed already"):
+            to_semi_structured(model)
+        to_dense(model).save_pretrained(tmp_path / "model")
+        assert (tmp_path / "model" / "pruning").is_dir()
+
+    def test_bad_models(pruned):
+        with pytest.raises(TypeError, match="got a str"):
+            to_semi_structured("model")
+        with pytest.raises(TypeError, match="got a str"):
+            to_dense("model")
+        with pytest.raises(ValueError, match="'any', 'decode', 'prefill'"):
+            to_semi_structured(pruned, use="both")
+        with pytest.raises(ValueError, match="sparse tensor cores"):
+            to_semi_structured(pruned, use="prefill")
+        with pytest.raises(ValueError, match="not 2:4"):
+            to_semi_structured(make("llama", dtype=torch.float16))
+        with pytest.raises(ValueError, match="torch.float32, not float16"):
+            to_semi_structured(copy.deepcopy(pruned).float())
+        with pytest.raises(ValueError, match="on meta"):
+            to_semi_structured(copy.deepcopy(pruned).to("meta"))
+        assert not any(isinstance(module, semi_structured.SemiStructuredLinear) for module in pruned.modules())
+
+    def test_shared_and_hooked_weights_stay_dense():
+        layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8).half() for _ in range(4)))
+        for layer in layers:
+            layer.weight.data = integers(8, 8, torch.float16)
+        layers[1].weight = layers[0].weight
+        layers[2].forward = layers[2].forward
+        layers.append(torch.nn.Linear(8, 8).half())[4].weight.data.fill_(-0.0)
+        report = to_semi_structured(layers)
+        assert "-0.0" in report.dense["4"]
+        assert report.dense["0"] == report.dense["1"] == "shares its weight" and "hooked" in report.dense["2"]
+        assert list(report.plans) == ["3"] and report.to_dict()["converted"][0]["shape"] == [8, 8]
+
+    def test_plans_follow_what_was_measured(monkeypatch):
+        """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""
+        infinity = float("inf")
+        monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[1, 1]])))
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.6 if "decode" in str(run.func) else 1.0)
+        plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
+        assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 16]
+        monkeypatch.undo()
+
+        spent = {
+            rows: {"dense": 1.0, "cusparselt": 0.5 if rows >= 1024 else 2.0, "cutlass": 0.9} for rows in semi_structured.ROWS
+        }
+        for rows in (1, 2, 4, 8, 16):
+            spent[rows] |= {"decode": 0.6 if rows < 16 else 0.99, "cutlass": 3.0}
+        assert semi_structured._steps(spent, "any") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
+        assert semi_structured._steps(spent, "decode") == ((16, "decode"), (infinity, "unpacked"))
+        assert semi_structured._steps(spent, "prefill") == ((infinity, "cusparselt"),)
+        plan = semi_structured.Plan(semi_structured._steps(spent, "any"))
+        assert [plan.form(rows) for rows in (1, 8, 9, 1023, 1024, 9999)] == ["decode"] * 2 + ["dense"] * 2 + ["cusparselt"] * 2
+        assert decode_kernel.MAX_ROWS == 16
