@@ -86,6 +86,7 @@ def theirs(model, method: str, pattern: str, ids, folder: str):
     recipe = modifier(sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])
     rows = {"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)}
     words = {"num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
+    words["batch_size"] = 4  # as ours; 1 is their default
     return lambda: oneshot(model=model, tokenizer=folder, dataset=Dataset.from_dict(rows), recipe=recipe, **words)
 
 

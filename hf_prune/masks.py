@@ -214,9 +214,9 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __setitem__(self, name: str, value: tuple[numpy.ndarray, tuple[int, ...]]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         metadata = {"shape": json.dumps(value[1])}
         write_whole(self._path(name), lambda path: save_file({"mask": value[0]}, path, metadata))
 
