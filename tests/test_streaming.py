@@ -29,10 +29,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def check_equal(src, dst, config):
+def check_equal(src, dst, config, **options):
     """Prunes `src` to `dst` and in memory, and compares all there is."""
     before = contents(src)
-    report = prune_checkpoint(src, dst, config, ids_for())
+    report = prune_checkpoint(src, dst, config, ids_for(), **options)
     expected = hf_prune.load(src)
     known = expected.prune(config, ids_for())
     loaded, plain = hf_prune.load(dst), AutoModelForCausalLM.from_pretrained(dst)
@@ -66,7 +66,7 @@ def test_equals_in_memory(tmp_path, family, method):
 def test_checkpoints_of_all_kinds(tmp_path, family, changes):
     src = saved(tmp_path / "src", family, **changes)
     names = {key for path in src.glob("*.safetensors") for key in load_file(path)}
-    check_equal(src, tmp_path / "dst", PruningConfig("sparsegpt", "2:4", **SMALL))
+    check_equal(src, tmp_path / "dst", PruningConfig("sparsegpt", "2:4", **SMALL), store="disk")
     assert names == {key for path in (tmp_path / "dst").glob("*.safetensors") for key in load_file(path)}
 
 
@@ -254,6 +254,11 @@ def test_bad_arguments(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             prune_checkpoint(src, dst, config, ids_for())
+    pruned = AutoModelForCausalLM.from_pretrained(src)
+    pruned.prune(PruningConfig("magnitude"))
+    pruned.save_pretrained(tmp_path / "compact", compact=True)
+    with pytest.raises(ValueError, match="is compact: make it ordinary with hf_prune.expand"):
+        prune_checkpoint(tmp_path / "compact", tmp_path / "dst", PruningConfig("magnitude"))
     with pytest.raises(TypeError, match="PruningConfig"):
         prune_checkpoint(src, tmp_path / "dst", "wanda", ids_for())
     assert not (tmp_path / "dst.unfinished").exists()
