@@ -112,6 +112,7 @@ def main():
     parser.add_argument("--methods", nargs="*", default=["wanda", "sparsegpt"])
     parser.add_argument("--patterns", nargs="*", default=["50%", "2:4"])
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=12, help="of text that is evaluated")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -126,7 +127,7 @@ def main():
 
     import hf_prune
 
-    evaluation = load_file(args.ids)["evaluation"].long()
+    evaluation = load_file(args.ids)["evaluation"].long()[: args.windows]
     with tempfile.TemporaryDirectory() as place:
         folder, out = pathlib.Path(place, "model"), pathlib.Path(place, "weights.pt")
         smollm2(folder)
