@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from .atomic import readable, write_whole
+from .atomic import readable
 
 
 FORMAT_VERSION = 1
@@ -217,8 +217,9 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
 
     def __setitem__(self, name: str, value: tuple[numpy.ndarray, tuple[int, ...]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"shape": json.dumps(value[1])}
-        write_whole(self._path(name), lambda path: save_file({"mask": value[0]}, path, metadata))
+        temporary = self.folder / f"{name}.tmp"
+        save_file({"mask": value[0]}, temporary, {"shape": json.dumps(value[1])})
+        temporary.replace(self._path(name))  # not flushed: there are many, and one that a power cut damages is found to be so
 
     def __getitem__(self, name: str) -> tuple[numpy.ndarray, tuple[int, ...]]:
         if not self._path(name).exists():
