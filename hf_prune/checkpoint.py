@@ -119,10 +119,10 @@ class Checkpoint:
             OSError: no room; the other shards are as they were.
         """
         (self.work / "model").mkdir(parents=True, exist_ok=True)
-        path, state, known = self.shard(part), self._model.state_dict(keep_vars=True), set()
-        mine = {name: state[name] for name in self._names[part]}
-        mine = {name: x.detach() for name, x in mine.items() if not (id(x) in known or known.add(id(x)))}  # tied ones once
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._loader.reverted(mine).items()}
+        path, state = self.shard(part), self._model.state_dict(keep_vars=True)
+        once = {id(state[name]): name for name in reversed(self._names[part])}  # tied ones under their first name
+        mine = self._loader.reverted({name: state[name].detach() for name in once.values()})
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
         try:
             write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
         except SafetensorError as error:
