@@ -41,7 +41,7 @@ def child(args) -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     who, method, pattern, folder, out = args.child
-    ids = load_file(args.ids)["calibration"].long()
+    ids = load_file(args.ids)["calibration"].long()[: args.samples]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prune = ours if who == "hf_prune" else theirs
     call = prune(model, method, pattern, ids, folder)
@@ -86,6 +86,7 @@ def theirs(model, method: str, pattern: str, ids, folder: str):
     recipe = modifier(sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])
     rows = {"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)}
     words = {"num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
+    words["batch_size"] = 4  # as ours; 1 is their default
     return lambda: oneshot(model=model, tokenizer=folder, dataset=Dataset.from_dict(rows), recipe=recipe, **words)
 
 
@@ -110,6 +111,8 @@ def main():
     parser.add_argument("--ids", required=True, help="safetensors file with `calibration` and `evaluation` (sequences, length)")
     parser.add_argument("--methods", nargs="*", default=["wanda", "sparsegpt"])
     parser.add_argument("--patterns", nargs="*", default=["50%", "2:4"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=12, help="of text that is evaluated")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -124,7 +127,7 @@ def main():
 
     import hf_prune
 
-    evaluation = load_file(args.ids)["evaluation"].long()
+    evaluation = load_file(args.ids)["evaluation"].long()[: args.windows]
     with tempfile.TemporaryDirectory() as place:
         folder, out = pathlib.Path(place, "model"), pathlib.Path(place, "weights.pt")
         smollm2(folder)
@@ -140,16 +143,9 @@ def main():
                 best: dict[str, float] = {}
                 for _ in range(args.rounds):
                     for who, python in (("hf_prune", sys.executable), ("llm-compressor", args.other or sys.executable)):
-                        command = [
-                            python,
-                            os.path.abspath(__file__),
-                            "--ids",
-                            args.ids,
-                            "--threads",
-                            str(args.threads),
-                            "--child",
-                        ]
-                        command += [who, method, pattern, str(folder), str(out)]
+                        words = ["--ids", args.ids, "--threads", args.threads, "--samples", args.samples]
+                        words += ["--child", who, method, pattern, folder, out]
+                        command = [python, os.path.abspath(__file__), *map(str, words)]
                         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=place, check=True)
                         found = json.loads(done.stdout.splitlines()[-1])
                         model.load_state_dict(torch.load(out), strict=False)

@@ -119,10 +119,10 @@ class Checkpoint:
             OSError: no room; the other shards are as they were.
         """
         (self.work / "model").mkdir(parents=True, exist_ok=True)
-        path, state, known = self._shard(part), self._model.state_dict(keep_vars=True), set()
-        mine = {name: state[name] for name in self._names[part]}
-        mine = {name: x.detach() for name, x in mine.items() if not (id(x) in known or known.add(id(x)))}  # tied ones once
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._loader.reverted(mine).items()}
+        path, state = self.shard(part), self._model.state_dict(keep_vars=True)
+        once = {id(state[name]): name for name in reversed(self._names[part])}  # tied ones under their first name
+        mine = self._loader.reverted({name: state[name].detach() for name in once.values()})
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
         try:
             write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
         except SafetensorError as error:
@@ -131,7 +131,7 @@ class Checkpoint:
     def write_index(self) -> None:
         """Names the shards, which are all there."""
         weights, total = {}, 0
-        for path in map(self._shard, self._parts):
+        for path in map(self.shard, self._parts):
             with open(path, "rb") as file:
                 total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
             with safe_open(path, "pt") as file:
@@ -139,7 +139,7 @@ class Checkpoint:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
         (self.work / "model" / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _shard(self, part: int | None) -> Path:
+    def shard(self, part: int | None) -> Path:
         return self.work / "model" / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
     def _tensors(self, part: int | None) -> dict[str, Tensor]:
@@ -186,6 +186,9 @@ class CheckpointJournal(Journal):
         if not self.ranks.index:
             self._checkpoint.write(index)
         super().save_block(index, {}, {}, report, hidden)
+
+    def _is_done(self, index: int) -> bool:  # shards may have become the output already
+        return super()._is_done(index) and self._checkpoint.shard(index).exists()
 
     def load_block(self, index: int, parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], BlockReport]:
         return super().load_block(index, {})

@@ -62,7 +62,7 @@ class Journal:
     def finished(self) -> int:
         """How many blocks need not be done again."""
         hidden = [int(path.stem.removeprefix("hidden-")) for path in self.folder.glob("hidden-*.safetensors")]
-        return self.ranks.lowest(max((n for n in hidden if all(self._block(i).exists() for i in range(n))), default=0))
+        return self.ranks.lowest(max((n for n in hidden if all(self._is_done(i) for i in range(n))), default=0))
 
     def save_block(
         self,
@@ -112,6 +112,9 @@ class Journal:
     def forget(self, name: str) -> None:
         """Removes what `tensors` kept."""
         (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+    def _is_done(self, index: int) -> bool:
+        return self._block(index).exists()
 
     def _block(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from .atomic import readable, write_whole
+from .atomic import readable
 
 
 FORMAT_VERSION = 1
@@ -214,11 +214,12 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
     def __setitem__(self, name: str, value: tuple[numpy.ndarray, tuple[int, ...]]) -> None:
-        metadata = {"shape": json.dumps(value[1])}
-        write_whole(self._path(name), lambda path: save_file({"mask": value[0]}, path, metadata))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{name}.tmp"
+        save_file({"mask": value[0]}, temporary, {"shape": json.dumps(value[1])})
+        temporary.replace(self._path(name))  # not flushed: there are many, and one that a power cut damages is found to be so
 
     def __getitem__(self, name: str) -> tuple[numpy.ndarray, tuple[int, ...]]:
         if not self._path(name).exists():

@@ -159,16 +159,8 @@ def prune_blocks(
                 work.gradients = plan.gradients_of(block)
                 before = calls[index][-1].run(block, hidden[-1])
                 if gradient_samples is not None:
-                    some = slice(min(gradient_samples, len(batches)))
-                    work.gradients = block_gradients(
-                        block,
-                        calls[index][some],
-                        hidden[some],
-                        work.linears,
-                        plan.method.order,
-                        plan.method.by_token,
-                        plan.ranks,
-                    )
+                    some, norm = slice(min(gradient_samples, len(batches))), (plan.method.order, plan.method.by_token)
+                    work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, *norm, plan.ranks)
                 arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
                 inputs = list(states) if how else []
                 parts = parts_of(block, arguments[0], inputs[0], how) if how else []

@@ -104,7 +104,7 @@ def two(tmp_path_factory):
         for rank in "01"
     ]  # fmt: skip
     try:
-        errors = [process.communicate(timeout=float(os.environ.get("HF_PRUNE_TEST_TIMEOUT", 170)))[1] for process in processes]
+        errors = [process.communicate(timeout=170)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -145,7 +145,7 @@ def test_it_is_that_of_one_process(two):
         for key in masks:  # up to the order of summation
             assert (masks[key] == model.pruning_masks[key]).float().mean() > 0.99, (name, key)
         for key, parameter in model.named_parameters():
-            assert (parameter - weights[key]).norm() < 0.05 * parameter.norm(), (name, key)
+            assert (parameter - weights[key]).norm() <= 0.05 * parameter.norm(), (name, key)
 
 
 def test_a_process_alone_needs_no_other():
