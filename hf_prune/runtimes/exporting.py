@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,30 +145,33 @@ def export(
 
 def _exporter(format: str, weights: str | None) -> tuple[str, Write]:
     """Name and version of the exporter that is installed, and a function that writes with it."""
-    native = find_spec("transformers.exporters") is not None and _is_native()
-    distribution, extra = LEGACY[format]
-    if native and (absent := [name for name in NATIVE[format] if find_spec(name) is None]):
-        raise ImportError(f"exporting to {format} needs {', '.join(absent)}: pip install 'hf-prune[export]'.")
     if weights and find_spec("nncf") is None:
         raise ImportError(f"weights={weights!r} needs nncf: pip install 'hf-prune[quantise]'.")
-    if native:
+    if _is_native():
+        if absent := [name for name in NATIVE[format] if find_spec(name) is None]:
+            raise ImportError(f"exporting to {format} needs {', '.join(absent)}: pip install 'hf-prune[export]'.")
         return f"transformers {transformers.__version__}", lambda model, folder: _write_native(model, folder, format, weights)
-    if find_spec("optimum") is None or find_spec(f"optimum.exporters.{format}") is None:
+    distribution, extra = LEGACY[format]
+    try:
+        exporter = f"{distribution} {version(distribution)}"
+    except PackageNotFoundError as error:
         raise ImportError(
             f"exporting to {format} needs transformers 5.23 or newer, pip install 'hf-prune[export]', or {distribution}, "
             f"pip install 'hf-prune[{extra}]'; here is transformers {transformers.__version__} without it."
-        )
+        ) from error
     if weights and format == "onnx":
         raise ValueError(
             "weights= with format 'onnx' needs transformers 5.23 or newer; quantise the folder and use check_zeros."
         )
-    return f"{distribution} {version(distribution)}", lambda model, folder: _write_optimum(model, folder, format, weights)
+    return exporter, lambda model, folder: _write_optimum(model, folder, format, weights)
 
 
 def _is_native() -> bool:
-    import transformers.exporters
-
-    return hasattr(transformers.exporters, "ExportedModel")  # before 5.23 export() returned something else
+    try:
+        from transformers.exporters import ExportedModel  # noqa: F401 - before 5.23 export() returned something else
+    except ImportError:
+        return False
+    return True
 
 
 def _write_native(model: PreTrainedModel, folder: Path, format: str, weights: str | None) -> None:
