@@ -42,7 +42,11 @@ def load_exported(folder: str | Path, *, options: dict[str, Any] | None = None) 
         ImportError: its runtime is not installed.
     """
     report = report_of(folder)
-    format, settings = report["format"], {**report["settings"], **(options or {})}
+    return in_runtime(folder, report["format"], {**report["settings"], **(options or {})})
+
+
+def in_runtime(folder: str | Path, format: str, settings: dict[str, Any]) -> Any:
+    """As `load_exported`, with these settings and no others."""
     if (Path(folder) / "export.json").exists():
         from transformers.exporters import ExportedModel
 

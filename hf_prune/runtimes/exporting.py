@@ -26,7 +26,7 @@ from ..blocks import as_it_was
 from ..masks import Masks
 from ..patterns import one_of
 from ..serialization import load, settle
-from .exported import REPORT, SETTINGS, load_exported
+from .exported import REPORT, SETTINGS, in_runtime
 from .graph import SUFFIXES, Found, zeros_in_graphs
 
 
@@ -117,8 +117,6 @@ def export(
         made = ", ".join(sorted({str(masks.patterns.get(name)) for name in masks})) or "none"
         raise ValueError(f"pattern={pattern!r} was asked for, but the masks of this model are: {made}. Prune it so first.")
     report = ExportReport(format, exporter, weights)
-    report.settings = {name: value for name, (value, _) in SETTINGS[format].items()}
-    report.measured = {name: known for name, (_, known) in SETTINGS[format].items()}
     with replaced_folder(out, lambda name: True) as fresh, as_it_was(model), torch.no_grad():
         try:
             write(model, fresh)
@@ -127,20 +125,27 @@ def export(
             while reason.__cause__ is not None:
                 reason = reason.__cause__
             raise ValueError(f"{exporter} cannot export this {type(model).__name__}: {reason}") from error
-        report.size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
-        report.linears, missing = zeros_in_graphs(fresh, format, model, masks)
-        _save(report, fresh)
-        report.max_difference, report.same_choice = _difference(model, load_exported(fresh))
-        report.problems = [*(f"not found: {name}" for name in missing), *_problems(report, model.dtype)]
+        _examine(report, fresh, model, masks)
         if report.problems and strict:
             listed = "; ".join(report.problems[:3]) + (f"; and {len(report.problems) - 3} more" if report.problems[3:] else "")
             raise ValueError(f"nothing was written, since the graph is not the pruned model: {listed}. strict=False writes it.")
         for problem in report.problems:
             logger.warning(f"{out}: {problem}")
-        _save(report, fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
     return report
+
+
+def _examine(report: ExportReport, folder: Path, model: PreTrainedModel, masks: Masks) -> None:
+    """Fills `report` with what is in `folder`, and writes it there."""
+    report.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    report.settings = {name: value for name, (value, _) in SETTINGS[report.format].items()}
+    report.measured = {name: known for name, (_, known) in SETTINGS[report.format].items()}
+    report.linears, missing = zeros_in_graphs(folder, report.format, model, masks)
+    report.max_difference, report.same_choice = _difference(model, in_runtime(folder, report.format, report.settings))
+    report.problems = [*(f"not found: {name}" for name in missing), *_problems(report, model.dtype)]
+    (folder / REPORT).parent.mkdir(exist_ok=True)
+    (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
 
 def _exporter(format: str, weights: str | None) -> tuple[str, Write]:
@@ -261,12 +266,6 @@ def _problems(report: ExportReport, dtype: torch.dtype) -> list[str]:
     if not report.max_difference < (TOLERANCE if exact else math.inf):
         found.append(f"logits differ from torch's by {report.max_difference:.2g}")
     return found
-
-
-def _save(report: ExportReport, folder: Path) -> None:
-    path = folder / REPORT
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
 
 def _tokenizer(name: str | Path) -> Any:

@@ -1,8 +1,8 @@
 """Prune, then quantise: whether every pruned weight is still exactly zero, read from what the quantizer stored.
 
 A mask says which weights must be zero; that they are is never concluded from the scheme's name. A scheme keeps them if zero is one of
-its numbers: symmetric ones, a whole zero point, float formats, NF4. Where zero falls between two numbers (a minimum with a
-scale, k-means) or kept weights' errors move into pruned ones (GPTQ), it does not. Leaves out how one quantises.
+its numbers: symmetric integers, a whole zero point, floats. Where zero falls between two numbers (a minimum and a scale, as in GGUF's
+Q4_1) or kept weights' errors move into pruned ones (GPTQ), it does not. Leaves out how one quantises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
     """Reads every pruned weight of a quantised model as its runtime does, and says how many there are: all exactly zero.
 
     Args:
-        quantised: a model that torchao, bitsandbytes, quanto, ... quantised, or the folder of an export.
+        quantised: a model that torchao or another library quantised in place or at loading, or the folder of an export.
         pruned: the model before it was quantised, its folder or its masks; default the masks that `quantised` carries. A
             folder of an export needs the model itself.
 
