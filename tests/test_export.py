@@ -3,9 +3,9 @@
 Runs with Transformers' own exporters where it has them, else with Optimum's.
 """
 
+import importlib.metadata
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -20,12 +20,11 @@ from hf_prune.runtimes.exported import REPORT
 
 
 onnx = pytest.importorskip("onnx")
-NATIVE = find_spec("transformers.exporters") is not None
+NATIVE = exporting._is_native()
+HERE = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}
 FORMATS = [
-    pytest.param("onnx", marks=pytest.mark.skipif(not (NATIVE or find_spec("optimum.exporters.onnx")), reason="no exporter")),
-    pytest.param(
-        "openvino", marks=pytest.mark.skipif(not (NATIVE or find_spec("optimum.exporters.openvino")), reason="no exporter")
-    ),
+    pytest.param(format, marks=pytest.mark.skipif(not NATIVE and name not in HERE, reason="no exporter for it here"))
+    for format, (name, _) in exporting.LEGACY.items()
 ]
 
 
@@ -117,17 +116,17 @@ def test_nothing_is_written_where_it_cannot_be(tmp_path, monkeypatch):
 
 
 def test_missing_exporters_name_the_extra(monkeypatch, tmp_path, llama):
-    known = find_spec
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name in ("onnx", "openvino") else known(name))
-    monkeypatch.setattr(exporting, "_is_native", lambda: True)
-    if NATIVE:
-        with pytest.raises(ImportError, match=r"hf-prune\[export\]"):
-            hf_prune.export(llama, tmp_path / "new")
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"hf-prune\[onnx-legacy\]"):
-        hf_prune.export(llama, tmp_path / "new")
-    with pytest.raises(ImportError, match=r"optimum-intel.*hf-prune\[openvino\]"):
+    monkeypatch.setattr(exporting, "_is_native", lambda: True)
+    with pytest.raises(ImportError, match=r"needs openvino: .*hf-prune\[export\]"):
         hf_prune.export(llama, tmp_path / "new", format="openvino")
+    with pytest.raises(ImportError, match=r"hf-prune\[quantise\]"):
+        hf_prune.export(llama, tmp_path / "new", weights="int8")
+    monkeypatch.setattr(exporting, "_is_native", lambda: False)
+    monkeypatch.setattr(exporting, "LEGACY", {"onnx": ("optimum-none", "onnx-legacy")})
+    with pytest.raises(ImportError, match=r"optimum-none, pip install 'hf-prune\[onnx-legacy\]'; here is transformers"):
+        hf_prune.export(llama, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not NATIVE, reason="transformers without exporters")
@@ -209,6 +208,20 @@ class TestQuantised:
         odd(model, None)
         with pytest.raises(ValueError, match="LlamaForCausalLM does not keep.*and 12 more linears"):
             hf_prune.check_zeros(model)
+
+    @pytest.mark.parametrize(("kind", "keeps"), [("Q8_0", True), ("Q4_0", True), ("Q4_1", False)])
+    def test_gguf(self, kind, keeps):
+        gguf = pytest.importorskip("gguf")
+        model, kind = pruned(), gguf.GGMLQuantizationType[kind]
+        for name in model.pruning_masks:
+            weight = model.get_parameter(name).data
+            stored = gguf.quants.quantize(weight.numpy(), kind)
+            weight.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind).copy()))
+        if keeps:
+            assert hf_prune.check_zeros(model, pruned()) == 9216
+        else:  # a minimum and a scale: zero falls between two numbers
+            with pytest.raises(ValueError, match="does not keep pruned weights at zero.*more linears"):
+                hf_prune.check_zeros(model, pruned().pruning_masks)
 
     def test_of_an_export_by_its_own_tools(self, exports, tmp_path):
         quantization = pytest.importorskip("onnxruntime.quantization")

@@ -22,7 +22,8 @@ REPORT = "pruning/export_report.json"
 SETTINGS = {  # format -> setting -> value and what is known of it
     "onnx": {"trt_sparsity_enable": ("1", "not measured; for ONNX Runtime's TensorRT provider, where there is one")},
     "openvino": {
-        "INFERENCE_PRECISION_HINT": ("f32", "measured: bf16, the default of CPUs that have it, moves the logits by 3e-3"),
+        "INFERENCE_PRECISION_HINT": ("f32", "measured: bf16, the default of CPUs that have it, moves logits by 3e-3"),
+        "KV_CACHE_PRECISION": ("f32", "measured: the default of Optimum's exports moves the logits by 1e-4"),
         "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": (0.4, "measured: no effect on an AMD EPYC with AVX-512"),
     },
 }
@@ -42,7 +43,11 @@ def load_exported(folder: str | Path, *, options: dict[str, Any] | None = None) 
         ImportError: its runtime is not installed.
     """
     report = report_of(folder)
-    format, settings = report["format"], {**report["settings"], **(options or {})}
+    return in_runtime(folder, report["format"], {**report["settings"], **(options or {})})
+
+
+def in_runtime(folder: str | Path, format: str, settings: dict[str, Any]) -> Any:
+    """As `load_exported`, with these settings and no others."""
     if (Path(folder) / "export.json").exists():
         from transformers.exporters import ExportedModel
 
@@ -54,7 +59,8 @@ def load_exported(folder: str | Path, *, options: dict[str, Any] | None = None) 
         return OVModelForCausalLM.from_pretrained(folder, ov_config=settings)
     from optimum.onnxruntime import ORTModelForCausalLM
 
-    return ORTModelForCausalLM.from_pretrained(folder, providers=_providers(settings))
+    providers, provider_options = map(list, zip(*_providers(settings)))
+    return ORTModelForCausalLM.from_pretrained(folder, providers=providers, provider_options=provider_options)
 
 
 def report_of(folder: str | Path) -> dict[str, Any]:

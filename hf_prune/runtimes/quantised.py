@@ -1,8 +1,8 @@
 """Prune, then quantise: whether every pruned weight is still exactly zero, read from what the quantizer stored.
 
 A mask says which weights must be zero; that they are is never concluded from the scheme's name. A scheme keeps them if zero is one of
-its numbers: symmetric ones, a whole zero point, float formats, NF4. Where zero falls between two numbers (a minimum with a
-scale, k-means) or kept weights' errors move into pruned ones (GPTQ), it does not. Leaves out how one quantises.
+its numbers: symmetric integers, a whole zero point, floats. Where zero falls between two numbers (a minimum and a scale, as in GGUF's
+Q4_1) or kept weights' errors move into pruned ones (GPTQ), it does not. Leaves out how one quantises.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .graph import zeros_in_graphs
 
 WAY_OUT = (
     "Quantise symmetrically, without GPTQ: torchao's Int8WeightOnlyConfig or IntxWeightOnlyConfig, nncf's INT8_SYM or INT4_SYM, "
-    "bitsandbytes' int8 or NF4, ONNX Runtime's quantizers with WeightSymmetric."
+    "ONNX Runtime's quantizers with WeightSymmetric."
 )
 
 
@@ -31,7 +31,7 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
     """Reads every pruned weight of a quantised model as its runtime does, and says how many there are: all exactly zero.
 
     Args:
-        quantised: a model that torchao, bitsandbytes, quanto, ... quantised, or the folder of an export.
+        quantised: a model that torchao or another library quantised in place or at loading, or the folder of an export.
         pruned: the model before it was quantised, its folder or its masks; default the masks that `quantised` carries. A
             folder of an export needs the model itself.
 
@@ -54,10 +54,8 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
     for name in masks:
         path, _, attribute = name.rpartition(".")
         module, pruned_here = quantised.get_submodule(path), ~masks[name]
-        read = as_read(module, attribute)[pruned_here.to(next(module.parameters()).device)]
-        total += read.numel()
-        if count := int((read != 0).sum()):
-            lost.append(f"{name}: {count} of {read.numel()}, such as {float(read[read != 0][0]):.3g} for 0")
+        total += int(pruned_here.sum())
+        lost += _lost(name, module, attribute, pruned_here)
     _refuse(lost, type(quantised).__name__)
     return total
 
@@ -65,7 +63,7 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
 def quantise(model: PreTrainedModel, config: Any) -> int:
     """Quantises the linears of a pruned `model`, but for its head, in place as a torchao `config` says; if zeros would be lost, nothing.
 
-    The first pruned linear of every shape is tried on a copy.
+    One pruned linear of every shape is tried on a copy.
 
     Returns:
         How many pruned weights were read back, all exactly zero.
@@ -79,16 +77,13 @@ def quantise(model: PreTrainedModel, config: Any) -> int:
     except ImportError as error:
         raise ImportError("quantise needs torchao: pip install 'hf-prune[quantise]'.") from error
     masks = state_of(model, "quantise").masks
-    shapes = {masks.shape(name): name for name in reversed(masks)}
+    shapes = {masks.shape(name): name for name in masks}
     for name in shapes.values():
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) is nn.Linear:
             trial = nn.Sequential(copy.deepcopy(module))
             quantize_(trial, config)
-            read = as_read(trial[0], "weight")[~masks[name].to(module.weight.device)]
-            if count := int((read != 0).sum()):
-                example = float(read[read != 0][0])
-                _refuse([f"{name}: {count} of {read.numel()}, such as {example:.3g} for 0"], type(config).__name__)
+            _refuse(_lost(name, trial[0], "weight", ~masks[name]), type(config).__name__)
     head = model.get_output_embeddings()
     quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
     return check_zeros(model)
@@ -108,6 +103,12 @@ def as_read(module: nn.Module, attribute: str) -> Tensor:
     floats = next((p for p in module.parameters() if type(p) is nn.Parameter and p.is_floating_point()), torch.empty(0))
     unit = torch.eye(module.in_features, dtype=floats.dtype, device=weight.device)
     return (module(unit) - (0 if getattr(module, "bias", None) is None else module.bias)).t()
+
+
+def _lost(name: str, module: nn.Module, attribute: str, pruned: Tensor) -> list[str]:
+    read = as_read(module, attribute).detach()
+    wrong = read[pruned.to(read.device) & (read != 0)]
+    return [f"{name}: {len(wrong)} of {int(pruned.sum())}, such as {float(wrong[0]):.3g} for 0"] if len(wrong) else []
 
 
 def _refuse(lost: list[str], what: str) -> None:

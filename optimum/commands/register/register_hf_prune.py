@@ -6,7 +6,8 @@ Optimum imports this file whenever `optimum-cli` starts, so nothing heavy is imp
 import argparse
 import sys
 
-from optimum.commands import BaseOptimumCLICommand, CommandInfo, ExportCommand
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
 
 
 class _Forwarded(BaseOptimumCLICommand):
