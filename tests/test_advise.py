@@ -30,7 +30,7 @@ def config(**changes):
 def test_shapes_and_sizes(tmp_path):
     """A 2:4 model's folders, ordinary and compact, have the sizes that were told of them."""
     model = make("llama", hidden_size=256, intermediate_size=512, dtype=torch.bfloat16)
-    advice = hf_prune.advise(model.config)
+    advice = hf_prune.advise(model.config, dtype=torch.bfloat16)
     assert [(str(shape), shape.count) for shape in advice.shapes] == [
         ("(256, 256)", 4), ("(128, 256)", 4), ("(512, 256)", 4), ("(256, 512)", 2)
     ]  # fmt: skip
@@ -45,9 +45,9 @@ def test_shapes_and_sizes(tmp_path):
 
 
 def test_impossible_shapes_are_named():
-    advice = hf_prune.advise(config(hidden_size=30, head_dim=15, intermediate_size=64), dtype=torch.float16)
+    advice = hf_prune.advise(config(hidden_size=30, num_attention_heads=3, intermediate_size=64), dtype=torch.float16)
     impossible = [str(shape) for shape in advice.shapes if "2:4" in shape.problems]
-    assert impossible == ["(30, 30)", "(15, 30)", "(64, 30)"] and advice.recommendation != "2:4"
+    assert impossible == ["(30, 30)", "(10, 30)", "(64, 30)"] and advice.recommendation != "2:4"
     assert (
         "in_features 30 is not divisible by 4: model.layers.*.self_attn.q_proj, model.layers.*.self_attn.o_proj (30, 30)"
         in str(advice)
