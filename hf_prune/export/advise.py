@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -86,7 +87,7 @@ class Advice:
         fits = [("shape", "linears", *checked)]
         for shape in self.shapes:
             fits.append((str(shape), str(shape.count), *("no" if name in shape.problems else "fits" for name in checked)))
-        speed = [("linears", *(f"{rows} rows" for rows in ROWS)), (DENSE, *["1.00x"] * len(ROWS))]
+        speed = [("linears", *(f"{rows} row{'s' * (rows > 1)}" for rows in ROWS)), (DENSE, *["1.00x"] * len(ROWS))]
         speed += [(name, *(f"{by_rows[rows]:.2f}x" for rows in ROWS)) for name, by_rows in self.speed.items()]
         speed += [(name, f"not measured here: {why}") for name, why in self.not_measured.items()]
         sizes = [("size", "files", "weights in memory")]
@@ -199,7 +200,7 @@ def _measure(
     """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
     elsewhere = ON_CPU if device.type == "cuda" else FORMS.values()
     missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
-    missing |= dict.fromkeys(RUNTIMES, "it runs exported models; time those")
+    missing |= dict.fromkeys(RUNTIMES, "it runs exported models, and none is made here")
     measured: list[tuple[int, dict[str, dict[int, float]]]] = []
     for shape in shapes:
         seconds, why = _on_gpu(shape, device, dtype) if device.type == "cuda" else _on_cpu(shape, dtype)
@@ -280,7 +281,9 @@ def _in_torch(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
 
 
 def _in_torch_sparse(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    weights = [weight.to_sparse_csr() for _ in range(copies)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's word that CSR is in beta
+        weights = [weight.to_sparse_csr() for _ in range(copies)]
     return lambda x: [weight @ x.t() for weight in weights]
 
 

@@ -129,6 +129,8 @@ def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int
         raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
     how = Schedule(*schedule)
     (rows, in_features), (out_features, words) = x.shape, codes.shape
+    if not rows:
+        return x.new_empty(0, out_features)
     x = functional.pad(x, (0, -in_features % 4)).contiguous()
     x = x if x.data_ptr() % 8 == 0 else x.clone()  # the kernel reads groups of eight bytes
     pairs = values.view(torch.int32)
