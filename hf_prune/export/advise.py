@@ -235,7 +235,7 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
     """Contender -> rows -> seconds for one linear, and why others have none."""
     out_features = max(1, min(shape.out_features, LARGEST // shape.in_features))
     weight = torch.randn(out_features, shape.in_features, dtype=dtype)
-    makers: dict[str, Callable[[int], Callable[[Tensor], Any]]] = {
+    makers: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
         DENSE: partial(_in_torch, weight),
         STRUCTURED: partial(_in_torch, weight[: math.ceil(KEPT * out_features)]),
         "50 %, torch.sparse": partial(_in_torch_sparse, _with_zeros(weight, "50 %")),
@@ -246,45 +246,44 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
     missing: dict[str, str] = {}
     many = max(1, min(shape.count, COLD // weight.nbytes))
     for copies, row_counts in ((many, ROWS[:2]), (1, ROWS[2:])):  # many rows are bound by arithmetic, cold or not
-        runs: dict[str, Callable[[Tensor], Any]] = {}
+        runs: dict[str, list[Callable[[Tensor], Any]]] = {}
         for name in [name for name in makers if name not in missing]:
             try:
-                runs[name] = makers[name](copies)
-                runs[name](weight[:1])
+                runs[name] = [makers[name]() for _ in range(copies)]
+                runs[name][0](weight[:1])
             except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
                 runs.pop(name, None)
                 missing[name] = str(error).splitlines()[0]
         for rows in row_counts:
             x = torch.randn(rows, shape.in_features, dtype=dtype)
-            for name, best in _fastest({name: partial(run, x) for name, run in runs.items()}).items():
-                seconds[name][rows] = best / copies * shape.out_features / out_features
+            for name, spent in _in_turns(runs, x).items():
+                seconds[name][rows] = spent * shape.out_features / out_features
     return {name: by_rows for name, by_rows in seconds.items() if name not in missing}, missing
 
 
-def _fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least seconds of each, in turns, so that what else the machine does meets all of them; slow ones run fewer times."""
-    best = dict.fromkeys(runs, math.inf)
-    spent = dict.fromkeys(runs, 0.0)
+def _in_turns(runs: dict[str, list[Callable[[Tensor], Any]]], x: Tensor) -> dict[str, float]:
+    """Lower quartile of the seconds of single calls, whatever else the machine does meanwhile; slow contenders get fewer turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(12):
-        for name, run in runs.items():
-            if turn < 2 or spent[name] < 0.15:
-                started = time.perf_counter()
-                run()
-                elapsed = time.perf_counter() - started
-                best[name], spent[name] = min(best[name], elapsed), spent[name] + elapsed
-    return best
+        for name, calls in runs.items():
+            if turn < 3 or sum(times[name]) < 0.2:
+                for call in calls:
+                    started = time.perf_counter()
+                    call(x)
+                    times[name].append(time.perf_counter() - started)
+    return {name: sorted(spent)[len(spent) // 4] for name, spent in times.items()}
 
 
-def _in_torch(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    weights = [weight.clone() for _ in range(copies)]
-    return lambda x: [functional.linear(x, weight) for weight in weights]
+def _in_torch(weight: Tensor) -> Callable[[Tensor], Any]:
+    weight = weight.clone()
+    return lambda x: functional.linear(x, weight)
 
 
-def _in_torch_sparse(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
+def _in_torch_sparse(weight: Tensor) -> Callable[[Tensor], Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's word that CSR is in beta
-        weights = [weight.to_sparse_csr() for _ in range(copies)]
-    return lambda x: [weight @ x.t() for weight in weights]
+        sparse = weight.to_sparse_csr()
+    return lambda x: sparse @ x.t()
 
 
 def _with_zeros(weight: Tensor, pattern: str) -> Tensor:
