@@ -226,7 +226,7 @@ else:
         report = to_semi_structured(layers)
         assert "-0.0" in report.dense["4"]
         assert report.dense["0"] == report.dense["1"] == "shares its weight" and "hooked" in report.dense["2"]
-        assert list(report.plans) == ["3"] and report.to_dict()["converted"][0]["shape"] == [8, 8]
+        assert list(report.plans) == ["3"] and report.shapes == {"3": (8, 8)}
 
     @pytest.mark.parametrize("forms", [("cutlass",), ("decode", "cutlass"), ("decode", "cutlass", "dense")])
     def test_library_forms(forms, monkeypatch):

@@ -110,7 +110,7 @@ class SemiStructuredLinear(nn.Linear):
 
 
 def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
-    weight, weight_requires_grad = linear.weight.detach(), linear.weight.requires_grad
+    weight = linear.weight.detach()
     values = codes = library = None
     if plan.forms & {"decode", "unpacked"}:
         values, codes = decode_kernel.pack(weight)
@@ -118,12 +118,12 @@ def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
         library = LIBRARIES[name].from_dense(weight.contiguous())
         if values is not None and name == "cutlass" and torch.equal(library.packed.view(torch.int16), values.view(torch.int16)):
             values = library.packed  # the two differ in their indices alone
-    if "dense" not in plan.forms:
-        del linear._parameters["weight"]
-    linear.__class__ = SemiStructuredLinear
-    linear.plan, linear.trained = plan, weight_requires_grad
     for name, tensor in (("values", values), ("codes", codes), ("library", library)):
         linear.register_buffer(name, tensor, persistent=False)
+    linear.plan, linear.trained = plan, linear.weight.requires_grad
+    linear.__class__ = SemiStructuredLinear
+    if "dense" not in plan.forms:
+        del linear._parameters["weight"]
 
 
 @dataclass
@@ -144,15 +144,6 @@ class SemiStructuredReport:
     dense: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        converted = [
-            {"name": name, "shape": list(self.shapes[name]), "plan": str(plan), "milliseconds": plan.milliseconds, "missing": plan.missing}
-            for name, plan in self.plans.items()
-        ]  # fmt: skip
-        rest = {key: getattr(self, key) for key in ("device", "use", "dense", "bytes_before", "bytes_after")}
-        return {**rest, "converted": converted}
 
     def __str__(self) -> str:
         groups: dict[tuple, list[str]] = defaultdict(list)
@@ -180,7 +171,8 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     """Packs the 2:4 linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
 
     `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
-    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is.
+    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is. The first time the
+    kernel is compiled in fourteen ways for each shape; Triton remembers them.
 
     Args:
         use: "any" is never slower than dense and takes the memory of all forms it needs; "decode" and "prefill" hold one packed
