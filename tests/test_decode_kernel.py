@@ -126,6 +126,9 @@ else:
         sparse24_linear(*arguments).sum().backward()
         assert torch.equal(x.grad, weight.sum(0).expand(2, -1))
 
+    def test_no_rows():
+        assert sparse24_linear(torch.zeros(0, 8).half(), *pack(torch.zeros(3, 8).half()), list(Schedule())).shape == (0, 3)
+
     def test_bad_weights():
         with pytest.raises(ValueError, match="not 2:4"):
             pack(torch.ones(2, 8, dtype=torch.float16))
@@ -223,7 +226,45 @@ else:
         report = to_semi_structured(layers)
         assert "-0.0" in report.dense["4"]
         assert report.dense["0"] == report.dense["1"] == "shares its weight" and "hooked" in report.dense["2"]
-        assert list(report.plans) == ["3"] and report.to_dict()["converted"][0]["shape"] == [8, 8]
+        assert list(report.plans) == ["3"] and report.shapes == {"3": (8, 8)}
+
+    @pytest.mark.parametrize("forms", [("cutlass",), ("decode", "cutlass"), ("decode", "cutlass", "dense")])
+    def test_library_forms(forms, monkeypatch):
+        """CUTLASS's form can be made on a CPU, though not multiplied: what a model holds, copies and gives back."""
+        kind = semi_structured.LIBRARIES["cutlass"]
+        monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
+        linear = torch.nn.Linear(128, 64).half()
+        linear.weight.data = weight = integers(64, 128, torch.float16) + 0.0
+        groups = weight.unflatten(1, (-1, 4))
+        groups[..., 0], groups[..., 2], groups[..., 1:4:2] = (
+            1.0,
+            2.0,
+            0.0,
+        )  # two in every group: the values are those of both forms
+        steps = tuple((10.0**i, form) for i, form in enumerate(forms))
+        monkeypatch.setattr(semi_structured, "_interpreted_plan", lambda *_: semi_structured.Plan(steps))
+        model = torch.nn.Sequential(linear)
+        report = to_semi_structured(model)
+        dense = 1.0 if "dense" in forms else 0.0
+        assert report.bytes_after / report.bytes_before == dense + (0.5625 if len(forms) == 1 else 0.625)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.state_dict()["0.weight"], weight)
+        assert torch.equal(bits(to_dense(twin)[0].weight), bits(weight)) and type(twin[0]) is torch.nn.Linear
+
+    def test_a_failure_half_way_changes_nothing(pruned, monkeypatch):
+        model, calls = copy.deepcopy(pruned), []
+
+        def fail(weight):
+            calls.append(weight)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("no memory")
+            return pack(weight)
+
+        monkeypatch.setattr(decode_kernel, "pack", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            to_semi_structured(model)
+        assert all(type(module) is type(other) for module, other in zip(model.modules(), pruned.modules()))
+        assert all(torch.equal(value, other) for value, other in zip(model.parameters(), pruned.parameters()))
 
     def test_plans_follow_what_was_measured(monkeypatch):
         """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""

@@ -6,10 +6,10 @@ backend that is not here has no number. Leaves out quality, and what no pattern 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..report import table
+from ..report import by_reason, table
 
 
 ROWS = (1, 16, 512)  # decoding, a small batch, a prompt
@@ -33,8 +33,12 @@ LARGEST = 2**22  # weights of a matrix that is timed on a CPU: of larger ones so
 
 DENSE, STRUCTURED = "dense, torch", f"structured, {KEPT:.0%} kept"
 FORMS = {"cutlass": "2:4, torch CUTLASS", "cusparselt": "2:4, cuSPARSELt", "decode": "2:4, our decode kernel"}
+LIBRARIES = {  # whose kernels have least sizes
+    FORMS["cutlass"]: torch.sparse.SparseSemiStructuredTensorCUTLASS,
+    FORMS["cusparselt"]: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
+}
 ON_CPU = ("2:4, torch.sparse", "50 %, torch.sparse")
-RUNTIMES = {"OpenVINO CPU": ("openvino",), "ONNX Runtime CPU": ("onnxruntime", "onnx")}
+RUNTIMES = ("2:4, ONNX Runtime CPU", "2:4, OpenVINO CPU", "2:4, TensorRT")
 
 
 @dataclass
@@ -83,20 +87,17 @@ class Advice:
         fits = [("shape", "linears", *checked)]
         for shape in self.shapes:
             fits.append((str(shape), str(shape.count), *("no" if name in shape.problems else "fits" for name in checked)))
-        speed = [("linears", *(f"{rows} rows" for rows in ROWS)), (DENSE, *["1.00x"] * len(ROWS))]
+        speed = [("linears", *(f"{rows} row{'s' * (rows > 1)}" for rows in ROWS)), (DENSE, *["1.00x"] * len(ROWS))]
         speed += [(name, *(f"{by_rows[rows]:.2f}x" for rows in ROWS)) for name, by_rows in self.speed.items()]
         speed += [(name, f"not measured here: {why}") for name, why in self.not_measured.items()]
         sizes = [("size", "files", "weights in memory")]
         for name, both in self.sizes.items():
             sizes.append((name, *(f"{n / 2**20:.0f} MiB ({n / dense:.2f})" for n, dense in zip(both, self.sizes["dense"]))))
-        problems = [
-            f"{'; '.join(sorted(set(shape.problems.values())))}: {', '.join(shape.names)} {shape}"
-            for shape in self.shapes
-            if shape.problems
-        ]
-        head = (
-            f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}; {self.device}; told in {self.seconds:.0f} s"
-        )
+        problems = {
+            f"{', '.join(shape.names)} {shape}": "; ".join(sorted(set(shape.problems.values()))) for shape in self.shapes
+        }
+        problems = by_reason({name: why for name, why in problems.items() if why})
+        head = f"{self.model}, {self.parameters / 1e6:.1f} M parameters, {self.dtype}; {self.device}; {self.seconds:.0f} s"
         end = [*problems, f"recommendation: {self.recommendation}. {self.reason}"]
         return "\n\n".join([head, table(fits), table(speed), table(sizes), "\n".join(end)])
 
@@ -130,6 +131,9 @@ def advise(
     dtype = model.dtype if kind == "auto" else getattr(torch, kind)
     shapes = _shapes_of(model, dtype)
     speed, not_measured = _measure(shapes, device, dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            not_measured[_glob(name)] = "fused experts, which no backend here packs; they count as dense"
     sizes = _sizes(model, shapes, dtype)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -168,11 +172,14 @@ def _shapes_of(model: PreTrainedModel, dtype: torch.dtype) -> list[Shape]:
             size = tuple(module.weight.shape)[:: -1 if isinstance(module, Conv1D) else 1]
             shape = shapes.setdefault(size, Shape(*size, problems=_problems(*size, dtype)))
             shape.count += 1
-            if (glob := re.sub(r"\.\d+(?=\.|$)", ".*", name)) not in shape.names:
-                shape.names.append(glob)
+            shape.names += [glob] if (glob := _glob(name)) not in shape.names else []
     if not shapes:
         raise ValueError(f"{type(model).__name__} has no linears but its head: it cannot be told what pruning would gain.")
     return list(shapes.values())
+
+
+def _glob(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _problems(out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, str]:
@@ -181,15 +188,10 @@ def _problems(out_features: int, in_features: int, dtype: torch.dtype) -> dict[s
         return dict.fromkeys(("2:4", *FORMS.values()), why)
     if dtype not in (torch.float16, torch.bfloat16):
         return dict.fromkeys(FORMS.values(), f"2:4 on a GPU needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}")
-    problems = {}
-    for form, kind in (
-        ("cutlass", "SparseSemiStructuredTensorCUTLASS"),
-        ("cusparselt", "SparseSemiStructuredTensorCUSPARSELT"),
-    ):
-        least = getattr(torch.sparse, kind)._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]
-        if out_features % least[0] or in_features % least[1]:
-            problems[FORMS[form]] = f"{FORMS[form]} needs multiples of {least}"
-    return problems
+    least = {name: tuple(kind._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]) for name, kind in LIBRARIES.items()}
+    return {
+        name: f"{name} needs multiples of {of}" for name, of in least.items() if out_features % of[0] or in_features % of[1]
+    }
 
 
 def _measure(
@@ -198,8 +200,7 @@ def _measure(
     """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
     elsewhere = ON_CPU if device.type == "cuda" else FORMS.values()
     missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
-    missing |= {f"2:4, {name}": "not installed" for name in RUNTIMES if not _is_installed(name)}
-    missing["2:4, TensorRT"] = "it builds engines of whole graphs"
+    missing |= dict.fromkeys(RUNTIMES, "it runs exported models, and none is made here")
     measured: list[tuple[int, dict[str, dict[int, float]]]] = []
     for shape in shapes:
         seconds, why = _on_gpu(shape, device, dtype) if device.type == "cuda" else _on_cpu(shape, dtype)
@@ -207,8 +208,7 @@ def _measure(
         measured.append((shape.count, seconds))
 
     def total(name: str, rows: int) -> float:  # where a shape cannot have the pattern, it stays dense
-        dense = f"dense, {name.split(', ')[1]}"
-        return sum(count * seconds.get(name, seconds.get(dense, seconds[DENSE]))[rows] for count, seconds in measured)
+        return sum(count * seconds.get(name, seconds[DENSE])[rows] for count, seconds in measured)
 
     names = dict.fromkeys(name for _, seconds in measured for name in seconds if name not in {DENSE, *missing})
     return {name: {rows: total(DENSE, rows) / total(name, rows) for rows in ROWS} for name in names}, missing
@@ -235,91 +235,55 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
     """Contender -> rows -> seconds for one linear, and why others have none."""
     out_features = max(1, min(shape.out_features, LARGEST // shape.in_features))
     weight = torch.randn(out_features, shape.in_features, dtype=dtype)
-    makers: dict[str, Callable[[int], Callable[[Tensor], Any]]] = {
+    makers: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
         DENSE: partial(_in_torch, weight),
         STRUCTURED: partial(_in_torch, weight[: math.ceil(KEPT * out_features)]),
         "50 %, torch.sparse": partial(_in_torch_sparse, _with_zeros(weight, "50 %")),
     }
     if "2:4" not in shape.problems:
         makers["2:4, torch.sparse"] = partial(_in_torch_sparse, _with_zeros(weight, "2:4"))
-    for name, make in (("OpenVINO CPU", _in_openvino), ("ONNX Runtime CPU", _in_onnxruntime)):
-        if _is_installed(name):
-            makers[f"dense, {name}"] = partial(make, weight)
-            if "2:4" not in shape.problems:
-                makers[f"2:4, {name}"] = partial(make, _with_zeros(weight, "2:4"))
     seconds: dict[str, dict[int, float]] = {name: {} for name in makers}
     missing: dict[str, str] = {}
     many = max(1, min(shape.count, COLD // weight.nbytes))
     for copies, row_counts in ((many, ROWS[:2]), (1, ROWS[2:])):  # many rows are bound by arithmetic, cold or not
-        runs: dict[str, Callable[[Tensor], Any]] = {}
+        runs: dict[str, list[Callable[[Tensor], Any]]] = {}
         for name in [name for name in makers if name not in missing]:
             try:
-                runs[name] = makers[name](copies)
-                runs[name](weight[:1])
+                runs[name] = [makers[name]() for _ in range(copies)]
+                runs[name][0](weight[:1])
             except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
                 runs.pop(name, None)
                 missing[name] = str(error).splitlines()[0]
         for rows in row_counts:
             x = torch.randn(rows, shape.in_features, dtype=dtype)
-            for name, best in _fastest({name: partial(run, x) for name, run in runs.items()}).items():
-                seconds[name][rows] = best / copies * shape.out_features / out_features
+            for name, spent in _in_turns(runs, x).items():
+                seconds[name][rows] = spent * shape.out_features / out_features
     return {name: by_rows for name, by_rows in seconds.items() if name not in missing}, missing
 
 
-def _fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Least seconds of each, in turns, so that what else the machine does meets all of them; slow ones run fewer times."""
-    best = dict.fromkeys(runs, math.inf)
-    spent = dict.fromkeys(runs, 0.0)
+def _in_turns(runs: dict[str, list[Callable[[Tensor], Any]]], x: Tensor) -> dict[str, float]:
+    """Lower quartile of the seconds of single calls, whatever else the machine does meanwhile; slow contenders get fewer turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(12):
-        for name, run in runs.items():
-            if turn < 2 or spent[name] < 0.15:
-                started = time.perf_counter()
-                run()
-                elapsed = time.perf_counter() - started
-                best[name], spent[name] = min(best[name], elapsed), spent[name] + elapsed
-    return best
+        for name, calls in runs.items():
+            if turn < 3 or sum(times[name]) < 0.2:
+                for call in calls:
+                    started = time.perf_counter()
+                    call(x)
+                    times[name].append(time.perf_counter() - started)
+    return {name: sorted(spent)[len(spent) // 4] for name, spent in times.items()}
 
 
-def _in_torch(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    weights = [weight.clone() for _ in range(copies)]
-    return lambda x: [functional.linear(x, weight) for weight in weights]
+def _in_torch(weight: Tensor) -> Callable[[Tensor], Any]:
+    weight = weight.clone()
+    return lambda x: functional.linear(x, weight)
 
 
-def _in_torch_sparse(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    weights = [weight.to_sparse_csr() for _ in range(copies)]
-    return lambda x: [weight @ x.t() for weight in weights]
-
-
-def _in_openvino(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    import openvino
-    from openvino import opset13
-
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    x = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
-    matrices = (weight.float().numpy() * (1 + i) for i in range(copies))  # equal ones would be computed once
-    products = [opset13.matmul(x, matrix, False, True) for matrix in matrices]
-    request = openvino.Core().compile_model(openvino.Model(products, [x]), "CPU", threads).create_infer_request()
-    return lambda x: request.infer([x.float().numpy()])
-
-
-def _in_onnxruntime(weight: Tensor, copies: int) -> Callable[[Tensor], Any]:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    matrix = weight.float().t().numpy()
-    places = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", *(f"y{i}" for i in range(copies)))]
-    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]) for i in range(copies)]
-    weights = [numpy_helper.from_array(matrix * (1 + i), f"w{i}") for i in range(copies)]
-    graph = helper.make_graph(nodes, "linears", places[:1], places[1:], weights)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x.float().numpy()})
-
-
-def _is_installed(runtime: str) -> bool:
-    return all(importlib.util.find_spec(module) for module in RUNTIMES[runtime])
+def _in_torch_sparse(weight: Tensor) -> Callable[[Tensor], Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's word that CSR is in beta
+        sparse = weight.to_sparse_csr()
+    return lambda x: sparse @ x.t()
 
 
 def _with_zeros(weight: Tensor, pattern: str) -> Tensor:
@@ -334,12 +298,12 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
     whole = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     linears = bits = coded = 0
     for shape in shapes:
-        numel, mask = (
-            shape.count * shape.out_features * shape.in_features,
-            shape.count * shape.out_features * -(-shape.in_features // 8),
-        )
-        linears, bits = linears + numel * dtype.itemsize, bits + mask
-        coded += mask if shape.in_features % 8 else numel // 12  # as masks.py stores them
+        rows = shape.count * shape.out_features
+        linears += rows * shape.in_features * dtype.itemsize
+        bits += rows * -(-shape.in_features // 8)
+        coded += (
+            rows * -(-shape.in_features // 8) if shape.in_features % 8 else rows * shape.in_features // 12
+        )  # as masks.py stores them
     rest = whole - linears
     sizes = {"dense": (whole, whole)}
     if not any("2:4" in shape.problems for shape in shapes):
@@ -353,12 +317,7 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
 
 def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
     """The pattern that gains most over all row counts and loses at none, and why."""
-    gains: dict[str, list[float]] = {}
-    for name, by_rows in speed.items():
-        kind, where = name.split(", ")
-        if kind != "dense":  # a runtime's gain over torch is not that of the pattern
-            base = speed.get(f"dense, {where}", {})
-            gains[name] = [by_rows[rows] / base.get(rows, 1.0) for rows in ROWS]
+    gains = {name: list(by_rows.values()) for name, by_rows in speed.items()}
     if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
         gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
     words = {name: ", ".join(f"{gain:.2f}x at {rows}" for rows, gain in zip(ROWS, of)) for name, of in gains.items()}

@@ -48,13 +48,11 @@ class Schedule(NamedTuple):
     @classmethod
     def candidates(cls, rows: int) -> Iterator[Schedule]:
         """Those worth timing on a GPU for so many rows."""
-        if (
-            rows <= 2
-        ):  # shapes of tiles whose x needs no exchange between threads: one row of W a warp, or several with like columns
-            for tile in ((1, 128, 1), (2, 128, 1), (8, 32, 2), (8, 64, 4), (16, 32, 4), (16, 64, 4), (8, 128, 8)):
-                yield from (cls(*tile[:2], splits, 0, tile[2]) for splits in (1, 4))
-        for tile in ((16, 16, 1), (16, 32, 2), (32, 32, 4), (64, 32, 4)):
-            yield from (cls(*tile[:2], splits, 1, tile[2]) for splits in (1, 4))
+        # Tiles whose x needs no exchange between threads: a row of W a warp, or threads that hold like columns of several rows.
+        for block_out, block_words, warps in ((1, 128, 1), (8, 32, 2), (16, 32, 4), (16, 64, 4)) if rows <= 2 else ():
+            yield from (cls(block_out, block_words, splits, 0, warps) for splits in (1, 4))
+        for block_out, block_words, warps in ((16, 16, 1), (16, 32, 2), (64, 32, 4)):
+            yield from (cls(block_out, block_words, splits, 1, warps) for splits in (1, 4))
 
 
 def is_semi_structured(weight: Tensor) -> bool:
@@ -129,6 +127,8 @@ def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int
         raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
     how = Schedule(*schedule)
     (rows, in_features), (out_features, words) = x.shape, codes.shape
+    if not rows:
+        return x.new_empty(0, out_features)
     x = functional.pad(x, (0, -in_features % 4)).contiguous()
     x = x if x.data_ptr() % 8 == 0 else x.clone()  # the kernel reads groups of eight bytes
     pairs = values.view(torch.int32)

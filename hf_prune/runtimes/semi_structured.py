@@ -4,15 +4,15 @@ Each `nn.Linear` whose weight is 2:4 becomes a `SemiStructuredLinear` in place, 
 measured on the device, once a shape. Leaves out how the kernel works (`decode_kernel.py`), and int8 and fp8.
 
 Memory, in units of the dense weight: packed for few rows 0.5625, for a library 0.5625, dense 1. With `use="any"` a linear may hold all
-three (2.125), since no form serves all row counts: that is the price of never being slower than dense. `use="decode"` holds the first
-alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second alone.
+three, since no form serves all row counts: 2.125, or 1.625 with CUTLASS, whose values ours shares. That is the price of never being
+slower than dense. `use="decode"` holds the first alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -110,18 +110,20 @@ class SemiStructuredLinear(nn.Linear):
 
 
 def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
-    weight, weight_requires_grad = linear.weight.detach(), linear.weight.requires_grad
+    weight = linear.weight.detach()
     values = codes = library = None
     if plan.forms & {"decode", "unpacked"}:
         values, codes = decode_kernel.pack(weight)
     for name in plan.forms & set(LIBRARIES):
         library = LIBRARIES[name].from_dense(weight.contiguous())
-    if "dense" not in plan.forms:
-        del linear._parameters["weight"]
-    linear.__class__ = SemiStructuredLinear
-    linear.plan, linear.trained = plan, weight_requires_grad
+        if values is not None and name == "cutlass" and torch.equal(library.packed.view(torch.int16), values.view(torch.int16)):
+            values = library.packed  # the two differ in their indices alone
     for name, tensor in (("values", values), ("codes", codes), ("library", library)):
         linear.register_buffer(name, tensor, persistent=False)
+    linear.plan, linear.trained = plan, linear.weight.requires_grad
+    linear.__class__ = SemiStructuredLinear
+    if "dense" not in plan.forms:
+        del linear._parameters["weight"]
 
 
 @dataclass
@@ -142,15 +144,6 @@ class SemiStructuredReport:
     dense: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        converted = [
-            {"name": name, "shape": list(self.shapes[name]), "plan": str(plan), "milliseconds": plan.milliseconds, "missing": plan.missing}
-            for name, plan in self.plans.items()
-        ]  # fmt: skip
-        rest = {key: getattr(self, key) for key in ("device", "use", "dense", "bytes_before", "bytes_after")}
-        return {**rest, "converted": converted}
 
     def __str__(self) -> str:
         groups: dict[tuple, list[str]] = defaultdict(list)
@@ -178,7 +171,8 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     """Packs the 2:4 linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
 
     `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
-    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is.
+    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is. The first time the
+    kernel is compiled in fourteen ways for each shape; Triton remembers them.
 
     Args:
         use: "any" is never slower than dense and takes the memory of all forms it needs; "decode" and "prefill" hold one packed
@@ -209,16 +203,20 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
         key = *linear.weight.shape, linear.weight.dtype, linear.bias is None
         plans[key] = report.plans[name] = plans.get(key) or plan_for(linear.weight.detach().contiguous(), linear.bias, use)
     report.dense = dense
-    for name, linear in linears.items():
-        if report.plans[name].forms == {"dense"}:
-            missing = "".join(f"; no {form}: {why}" for form, why in report.plans.pop(name).missing.items())
-            report.dense[name] = f"nothing that was measured is faster{missing}"
-            continue
-        report.shapes[name] = tuple(linear.weight.shape)
-        report.bytes_before += linear.weight.nbytes
-        _pack_in_place(linear, report.plans[name])
-        report.bytes_after += sum(tensor.nbytes for tensor in _held(linear))
-    if report.plans:
+    for name in [name for name, plan in report.plans.items() if plan.forms == {"dense"}]:
+        missing = "".join(f"; no {form}: {why}" for form, why in report.plans.pop(name).missing.items())
+        report.dense[name] = f"nothing that was measured is faster{missing}"
+        del linears[name]
+    report.shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
+    report.bytes_before = sum(linear.weight.nbytes for linear in linears.values())
+    try:
+        for name, linear in linears.items():
+            _pack_in_place(linear, report.plans[name])
+    except BaseException:  # out of memory, Ctrl-C
+        to_dense(model)
+        raise
+    report.bytes_after = sum(_bytes_held(linear) for linear in linears.values())
+    if linears:
         for name in _REFUSED:
             if hasattr(model, name):
                 setattr(model, name, partial(_refuse, name))
@@ -407,8 +405,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _held(linear: SemiStructuredLinear) -> Iterator[Tensor]:
-    """The tensors in which the weight of `linear` is held."""
-    yield from (t for t in (linear._parameters.get("weight"), linear.values, linear.codes) if t is not None)
+def _bytes_held(linear: SemiStructuredLinear) -> int:
+    """By all forms of the weight of `linear`; what two of them share counts once."""
+    held = [linear._parameters.get("weight"), linear.values, linear.codes]
     if linear.library is not None:  # its own nbytes would be those of the dense matrix
-        yield from (getattr(linear.library, name) for name in linear.library.__tensor_flatten__()[0])
+        held += [getattr(linear.library, name) for name in linear.library.__tensor_flatten__()[0]]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}.values())
