@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 from conftest import make
-from hf_prune.export import advise as advising
 from transformers import LlamaConfig, T5Config
 
 import hf_prune
 from hf_prune.cli import main
+from hf_prune.runtimes import advise as advising
 
 
 SMALL = dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=64)
