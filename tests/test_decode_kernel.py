@@ -65,8 +65,8 @@ else:
     from hf_prune.export.decode_kernel import Schedule, pack, sparse24_linear, unpack
 
     DTYPES = [torch.float16, torch.bfloat16]
-    SHAPES = [(33, 70), (7, 30), (16, 256), (40, 1030)]  # no multiples; groups cut off; more than one block of words
-    TILES = {(0, 1): Schedule(64, 32, 1, 0), (1, 1): Schedule(64, 32, 1, 1), (1, 2): Schedule(32, 16, 2, 1)}
+    SHAPES = [(33, 70), (7, 30), (16, 256), (20, 530)]  # no multiples; groups cut off; more than one block of words
+    TILES = {(0, 1): Schedule(64, 16, 1, 0), (1, 1): Schedule(64, 16, 1, 1), (1, 2): Schedule(32, 16, 2, 1)}
 
     def integers(out_features, in_features, dtype, seed=0):
         """A 2:4 matrix of small integers, some groups with fewer than two: every sum is exact."""
