@@ -16,10 +16,10 @@ pytest.importorskip("triton", reason="pip install 'hf-prune[sparse]'")
 
 if not INTERPRETED:
 
+    @pytest.mark.timeout(900)  # it is all of the tests below
     def test_in_the_interpreter():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-        done = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout
 
@@ -227,6 +227,22 @@ else:
         assert "-0.0" in report.dense["4"]
         assert report.dense["0"] == report.dense["1"] == "shares its weight" and "hooked" in report.dense["2"]
         assert list(report.plans) == ["3"] and report.shapes == {"3": (8, 8)}
+
+    def test_advice_of_a_gpu(monkeypatch):
+        """What `advise` makes of the plan that it would measure on a GPU, with timings of our own."""
+        from hf_prune.export import advise as advising
+
+        monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
+        monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[1, 1]])))
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.5 if "decode" in str(run.func) else 1.0)
+        for in_features, fits in ((32, True), (30, False)):
+            problems = advising._problems(16, in_features, torch.bfloat16)
+            shape = advising.Shape(16, in_features, 1, problems=problems)
+            spent, missing = advising._on_gpu(shape, torch.device("cpu"), torch.bfloat16)
+            assert spent[advising.DENSE] == spent[advising.STRUCTURED] == {1: 1.0, 16: 1.0, 32: 1.0}
+            assert spent.get("2:4, our decode kernel") == ({1: 0.5, 16: 0.5, 32: 1.0} if fits else None)
+            assert set(missing) == ({"2:4, torch CUTLASS", "2:4, cuSPARSELt"} if fits else set())
 
     @pytest.mark.parametrize("forms", [("cutlass",), ("decode", "cutlass"), ("decode", "cutlass", "dense")])
     def test_library_forms(forms, monkeypatch):
