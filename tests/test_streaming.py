@@ -160,10 +160,10 @@ os.waitpid(forked(), 0)
 duration = time.perf_counter() - started
 assert same(hf_prune.load(dst), snapshot(expected))
 found = set()
-for i in range(8):
+for i in range(6):
     shutil.rmtree(dst)
     pid = forked()
-    time.sleep(duration * (i + 1) / 8)
+    time.sleep(duration * (i + 1) / 6)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     work = folder / "dst.unfinished"
@@ -175,10 +175,10 @@ print(len(found))
 """
 
 
-def test_killed_at_8_moments(tmp_path):
+def test_killed_at_6_moments(tmp_path):
     result = subprocess.run([sys.executable, "-c", _KILLER, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) > 3  # the moments were different ones
+    assert int(result.stdout.split()[-1]) > 2  # the moments were different ones
 
 
 def edit(path, **changes):
