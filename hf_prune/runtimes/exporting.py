@@ -167,11 +167,11 @@ def _exporter(format: str, weights: str | None) -> tuple[str, Write]:
             f"exporting to {format} needs transformers 5.23 or newer, pip install 'hf-prune[export]', or {distribution}, "
             f"pip install 'hf-prune[{extra}]'; here is transformers {transformers.__version__} without it."
         ) from error
-    if weights and format == "onnx":
+    if weights:
         raise ValueError(
-            "weights= with format 'onnx' needs transformers 5.23 or newer; quantise the folder and use check_zeros."
+            f"weights={weights!r} needs the exporters of transformers 5.23; or quantise the folder and check_zeros(folder, model)."
         )
-    return exporter, lambda model, folder: _write_optimum(model, folder, format, weights)
+    return exporter, lambda model, folder: _write_optimum(model, folder, format)
 
 
 def _is_native() -> bool:
