@@ -230,7 +230,7 @@ else:
 
     def test_advice_of_a_gpu(monkeypatch):
         """What `advise` makes of the plan that it would measure on a GPU, with timings of our own."""
-        from hf_prune.export import advise as advising
+        from hf_prune.runtimes import advise as advising
 
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
