@@ -6,13 +6,25 @@ pruned model it takes or makes. torchao quantises the linears of the blocks, nnc
 
 import argparse
 import pathlib
+import shutil
 
+import nncf
+import openvino
 import torch
 from export import perplexity, pruned, smollm2
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
 import hf_prune
+
+
+SCHEMES = {
+    "none": None,
+    "torchao int8": Int8WeightOnlyConfig(),
+    "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+    "nncf int8 (OpenVINO)": "int8",
+    "nncf int4, groups of 64": "int4",
+}
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -30,25 +42,42 @@ def stored_bytes(model: torch.nn.Module) -> int:
     return total
 
 
+def compressed(source: pathlib.Path, weights: str) -> pathlib.Path:
+    """A copy of an OpenVINO export with its weights quantised by nncf, without a zero point; made once."""
+    folder = source.with_name(f"{source.name}-{weights}")
+    if not folder.exists():
+        mode = nncf.CompressWeightsMode.INT8_SYM if weights == "int8" else nncf.CompressWeightsMode.INT4_SYM
+        options = {} if weights == "int8" else {"group_size": 64, "backup_mode": nncf.BackupMode.INT8_SYM}
+        model = nncf.compress_weights(openvino.Core().read_model(source / "openvino_model.xml"), mode=mode, **options)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.xml", "*.bin"))
+        openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
+    return folder
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/export"))
-    parser.add_argument("--models", nargs="+", default=["2:4", "dense"], choices=("dense", "2:4"))
+    parser.add_argument("--models", nargs="+", default=["dense", "2:4"], choices=("dense", "2:4"))
+    parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=SCHEMES)
     parser.add_argument("--windows", type=int, default=8)
     args = parser.parse_args()
     ids = {name: value.long() for name, value in load_file(args.ids).items()}
     windows = ids["evaluation"][: args.windows]
-    schemes = {
-        "none": None,
-        "torchao int8": Int8WeightOnlyConfig(),
-        "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
-    }
     print(f"{'quantised':<28}{'model':<8}{'pruned weights, all zero':>25}{'MiB':>8}{'perplexity':>12}", flush=True)
     for name in args.models:
-        for scheme, config in schemes.items():
+        for scheme in args.schemes:
             model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
-            checked = 0
+            config, checked = SCHEMES[scheme], 0
+            if scheme.startswith("nncf"):
+                source = args.work / f"{name.replace(':', '-')}-openvino"
+                if not source.exists():
+                    hf_prune.export(model, source, format="openvino")
+                folder = compressed(source, config)
+                checked = hf_prune.check_zeros(folder, model) if name == "2:4" else 0
+                size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+                tell(scheme, name, checked, size, perplexity(hf_prune.load_exported(folder), windows))
+                continue
             if config is not None and name == "dense":
                 quantize_(
                     model, config, filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path
@@ -58,14 +87,6 @@ def main():
             elif name == "2:4":
                 checked = hf_prune.check_zeros(model)
             tell(scheme, name, checked, stored_bytes(model), perplexity(model, windows))
-        for weights in ("int8", "int4"):
-            model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
-            folder = args.work / f"{name.replace(':', '-')}-openvino-{weights}"
-            if not folder.exists():
-                hf_prune.export(model, folder, format="openvino", weights=weights)
-            checked = hf_prune.check_zeros(folder, model) if name == "2:4" else 0
-            size = sum(path.stat().st_size for path in folder.glob("*.bin"))
-            tell(f"nncf {weights} (OpenVINO)", name, checked, size, perplexity(hf_prune.load_exported(folder), windows))
 
 
 def tell(scheme: str, name: str, checked: int, size: int, value: float) -> None:
