@@ -18,7 +18,7 @@ demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/runtimes  ## the tests, about three minutes
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
 
 # The oldest kind of transformers that is supported, where experts are separate modules and decoder layers return tuples.
 test-legacy:
@@ -26,7 +26,7 @@ test-legacy:
 	.venv-legacy/bin/pip install --quiet torch==2.13.0
 	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6' 'optimum-onnx[onnxruntime]==0.1.0' 'optimum-intel[openvino]==1.27.0'
 	.venv-legacy/bin/pip uninstall --quiet --yes torchvision
-	.venv-legacy/bin/python -m pytest -q -n 2 tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
+	.venv-legacy/bin/python -m pytest -q -n 2 --dist loadgroup tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .

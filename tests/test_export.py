@@ -19,6 +19,9 @@ from hf_prune.runtimes import exporting, graph
 from hf_prune.runtimes.exported import REPORT
 
 
+pytestmark = pytest.mark.xdist_group("export")  # they share what is made once in a process
+
+
 onnx = pytest.importorskip("onnx")
 NATIVE = exporting._is_native()
 HERE = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}

@@ -12,6 +12,9 @@ import torch
 from hf_prune.ranks import Ranks
 
 
+pytestmark = pytest.mark.xdist_group("ranks")  # they share what is made once in a process
+
+
 _SCRIPT = """
 import os, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
