@@ -41,7 +41,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             for cheaper than it is.
         together: kind -> how many go at a time, so that multiples that kernels like last; None is 8 of "ffn" and "hidden".
         warm_up, recovery: shares of the steps before the first and after the last removal; between them the number of
-            parameters falls linearly.
+            parameters falls linearly. Slow removal was worth more than a long recovery (see README).
         every: steps between two removals.
         order, decay, per_parameter: of the saliency, see `structural.efficientllm`.
         compensate: readers are refitted to what is left ("EfficientLLM-B"), which keeps a Gram matrix of what each reads.
