@@ -16,7 +16,9 @@ os.environ.update(
 )
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Before torch is imported, and for every process that a test starts. Two workers with two threads each wait for one another.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # whatever the process that starts the workers has
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
