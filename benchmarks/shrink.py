@@ -24,7 +24,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
-from recover import load, packed
+from recover import packed
+from smollm2 import load
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 

