@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .blocks import Block, Call, Decoder, Linear, _replaced, as_it_was
 from .calibration import batches_of
 from .journal import Journal
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .statistics import GradientNorm
 
 
@@ -35,7 +35,7 @@ def model_gradients(
     order: int,
     checkpointing: bool = False,
     by_token: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, GradientNorm]:
     """For each parameter of `linears`, the norm over `samples` (each ids (length,)) of the language-model loss's gradient; with
     `by_token` over all tokens of all samples, but for fused experts. Of several `ranks` each goes through a share of them.
@@ -59,7 +59,7 @@ def model_gradients(
             for block in blocks:
                 forward = partial(checkpoint, block.module.forward, use_reentrant=False)
                 stack.enter_context(_replaced(block.module, "forward", forward))
-        for ids in tqdm(_batches((ranks or Ranks()).share(samples), linears, by_token), desc="gradients", unit="batch"):
+        for ids in tqdm(_batches(ranks.share(samples), linears, by_token), desc="gradients", unit="batch"):
             logits = model(input_ids=ids.to(device), use_cache=False).logits
             logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
             del logits
@@ -73,7 +73,7 @@ def block_gradients(
     linears: list[Linear],
     order: int,
     by_token: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, GradientNorm]:
     """The same of ||block(x)||_2 for each sequence of `hidden` (sequences, length, d), parameters of one block only."""
     parameters = {linear.parameter_name: linear.parameter for linear in linears}
@@ -82,7 +82,7 @@ def block_gradients(
         for call, x in zip(calls, hidden):
             output = call.run(block, x.detach().requires_grad_(by_token).clone())
             output.backward(output.detach() / output.detach().float().norm().clamp_min(1e-30).to(output.dtype))
-    return _finished(norms, sum((ranks or Ranks()).gathered(len(hidden))), ranks)
+    return _finished(norms, sum(ranks.gathered(len(hidden))), ranks)
 
 
 def gradients_by_block(
@@ -245,9 +245,9 @@ def _loss_gradient(logits: Tensor, ids: Tensor, scale: float) -> Tensor:
 _KEEP_NO_OUTPUT = {"UnsafeViewBackward0", "MmBackward0"}
 
 
-def _finished(norms: dict[str, GradientNorm], samples: int, ranks: Ranks | None = None) -> dict[str, GradientNorm]:
+def _finished(norms: dict[str, GradientNorm], samples: int, ranks: Ranks = ALONE) -> dict[str, GradientNorm]:
     for name, norm in norms.items():
-        (ranks or Ranks()).add_up(norm.sum)
+        ranks.add_up(norm.sum)
         norm.samples = samples  # an expert that a sample did not reach had a gradient of zero there
         if not norm.is_finite():
             raise ValueError(f"the gradient of {name} is not finite. Load the model in bfloat16 or float32.")

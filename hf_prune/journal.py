@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import readable, write_whole
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .report import BlockReport
 
 
@@ -38,8 +38,8 @@ class Journal:
         ValueError: the folder holds the journal of another pruning; says what differs.
     """
 
-    def __init__(self, folder: str | Path, identity: dict[str, str], ranks: Ranks | None = None):
-        self.ranks = ranks or Ranks()
+    def __init__(self, folder: str | Path, identity: dict[str, str], ranks: Ranks = ALONE):
+        self.ranks = ranks
         self.folder = Path(folder, f"rank-{self.ranks.index}") if self.ranks.index else Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "journal.json"

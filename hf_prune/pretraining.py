@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from .pruning import check_model
+from .ranks import Ranks
 from .serialization import STATE
 from .structural import check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
@@ -115,7 +116,8 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         first, last = self._span(state.max_steps)
         if self._compensates and state.global_step < last:
             grams = optimizer.param_groups[0].setdefault(_GRAMS, {})  # checkpoints hold what the optimizer holds
-            self._compensation = Compensation(self._groups, self._plan.kinds_of(self._groups), grams=grams)
+            kinds = self._plan.kinds_of(self._groups)
+            self._compensation = Compensation(self._groups, kinds, grams=grams, ranks=Ranks.launched())
         if first >= last:
             raise ValueError(
                 f"the {state.max_steps} steps leave none to remove anything in: make them more, or warm_up and recovery less."

@@ -1,6 +1,6 @@
 """The processes that prune one model together: calibration is split over them, statistics are added up, results are sent around.
 
-`Ranks()` is a process that works alone; every call is then free and changes nothing. Knows neither models nor methods.
+`ALONE` is a process that works by itself; every call is then free and changes nothing. Knows neither models nor methods.
 """
 
 from __future__ import annotations
@@ -103,3 +103,6 @@ class Ranks:
             raise RuntimeError(
                 f"rank {self.index} of {self.count}: another process ended or does not answer, so this one stops too: {error}"
             ) from error
+
+
+ALONE = Ranks()

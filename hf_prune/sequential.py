@@ -24,7 +24,7 @@ from .masks import Masks
 from .methods import Magnitude, Method
 from .methods.base import Job, forget
 from .patterns import NM, Pattern, lowest_of_all
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .reconstruction import Reconstruction, outputs_of, parts_of, reconstruct_block
 from .report import BlockReport, LinearReport
 from .statistics import GradientNorm
@@ -48,7 +48,7 @@ class Plan:
     fixed: Masks = field(default_factory=Masks)  # to be used as they are
     masks: Masks = field(default_factory=Masks)  # all that there are in the end, filled in on the way
     gradients_of: Callable[[Block], dict[str, GradientNorm]] = lambda block: {}  # of the whole model's loss, by parameter
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ALONE
     reconstruction: Reconstruction | None = None
     before_change: Callable[[torch.nn.Parameter], None] = lambda parameter: None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..blocks import Linear
 from ..patterns import one_of
+from ..ranks import ALONE, Ranks
 from .groups import KINDS, Axis, Groups, Member
 from .shrink import built_with, illegal, shapes_with
 
@@ -228,6 +229,7 @@ class Compensation:
         damping: of the mean diagonal.
         decay: of the running mean over forward passes.
         grams: by the name of a linear that reads the input, (in, in) float32; filled, and gone on from, in place.
+        ranks: the processes that train together, each of which hears its own share.
     """
 
     def __init__(
@@ -237,8 +239,9 @@ class Compensation:
         damping: float = 0.01,
         decay: float = 0.9,
         grams: dict[str, Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.damping, self.decay = damping, decay
+        self.damping, self.decay, self.ranks = damping, decay, ranks
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
         self._handles = []
@@ -268,10 +271,9 @@ class Compensation:
 
         Every process must call it with the same groups: they take the mean of their Gram matrices first.
         """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for key in {key: None for axis in drop for _, _, key in self._of.get(axis, ()) if key in self.grams}:
-                torch.distributed.all_reduce(self.grams[key])
-                self.grams[key] /= torch.distributed.get_world_size()
+        for key in {key: None for axis in drop for _, _, key in self._of.get(axis, ()) if key in self.grams}:
+            self.ranks.add_up(self.grams[key])
+            self.grams[key] /= self.ranks.count
         cut: dict[str, Tensor] = {}
         for axis, positions in drop.items():
             for linear, member, key in self._of.get(axis, ()):
