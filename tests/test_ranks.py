@@ -8,12 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ids_for, make
 
+from hf_prune import GBLM, PruningConfig
 from hf_prune.ranks import Ranks
 
 
 pytestmark = pytest.mark.xdist_group("ranks")  # they share what is made once in a process
 
+
+SMALL = dict(n_samples=6, sequence_length=24)
+CASES = {
+    "wanda": ("llama", PruningConfig("wanda", **SMALL)),
+    "wanda linear": ("llama", PruningConfig("wanda", "2:4", propagate="linear", **SMALL)),
+    "wanda by block": ("llama", PruningConfig("wanda", comparison_group="block", **SMALL)),
+    "sparsegpt": ("llama", PruningConfig("sparsegpt", **SMALL)),
+    "sparsegpt block": ("mixtral", PruningConfig("sparsegpt", propagate="block", **SMALL)),
+    "sparsegpt experts": ("mixtral", PruningConfig("sparsegpt", "2:4", **SMALL)),
+    "gblm": ("llama", PruningConfig(GBLM(), **SMALL)),
+    "gblm by block": ("llama", PruningConfig(GBLM(scope="block", gradient_samples=3), **SMALL)),
+    "magnitude": ("llama", PruningConfig("magnitude")),
+}
 
 _SCRIPT = """
 import os, sys
@@ -22,25 +37,15 @@ import torch
 torch.set_num_threads(1)
 from conftest import ids_for, make, same, snapshot
 import hf_prune
-from hf_prune import GBLM, PruningConfig
+from hf_prune import PruningConfig
 from hf_prune.ranks import Ranks
+from test_ranks import CASES, SMALL
 
 ranks = Ranks.launched()
 assert ranks.count == 2
-SMALL = dict(n_samples=6, sequence_length=24)
 found = {}
 
-for name, family, config in [
-    ("wanda", "llama", PruningConfig("wanda", **SMALL)),
-    ("wanda linear", "llama", PruningConfig("wanda", "2:4", propagate="linear", **SMALL)),
-    ("wanda by block", "llama", PruningConfig("wanda", comparison_group="block", **SMALL)),
-    ("sparsegpt", "llama", PruningConfig("sparsegpt", **SMALL)),
-    ("sparsegpt block", "mixtral", PruningConfig("sparsegpt", propagate="block", **SMALL)),
-    ("sparsegpt experts", "mixtral", PruningConfig("sparsegpt", "2:4", **SMALL)),
-    ("gblm", "llama", PruningConfig(GBLM(), **SMALL)),
-    ("gblm by block", "llama", PruningConfig(GBLM(scope="block", gradient_samples=3), **SMALL)),
-    ("magnitude", "llama", PruningConfig("magnitude")),
-]:
+for name, (family, config) in CASES.items():
     model = make(family)
     report = model.prune(config, ids_for())
     found[name] = (snapshot(model), {x: model.pruning_masks[x] for x in model.pruning_masks}, [x.error for x in report.linears])
@@ -125,23 +130,8 @@ def test_both_have_the_same(two):
 
 
 def test_it_is_that_of_one_process(two):
-    from conftest import ids_for, make
-
-    from hf_prune import GBLM, PruningConfig
-
-    small = dict(n_samples=6, sequence_length=24)
-    for name, family, config in [
-        ("wanda", "llama", PruningConfig("wanda", **small)),
-        ("wanda linear", "llama", PruningConfig("wanda", "2:4", propagate="linear", **small)),
-        ("wanda by block", "llama", PruningConfig("wanda", comparison_group="block", **small)),
-        ("sparsegpt", "llama", PruningConfig("sparsegpt", **small)),
-        ("from disk to disk", "llama", PruningConfig("sparsegpt", **small)),
-        ("sparsegpt block", "mixtral", PruningConfig("sparsegpt", propagate="block", **small)),
-        ("sparsegpt experts", "mixtral", PruningConfig("sparsegpt", "2:4", **small)),
-        ("gblm", "llama", PruningConfig(GBLM(), **small)),
-        ("gblm by block", "llama", PruningConfig(GBLM(scope="block", gradient_samples=3), **small)),
-        ("magnitude", "llama", PruningConfig("magnitude")),
-    ]:
+    disk = {"from disk to disk": ("llama", PruningConfig("sparsegpt", **SMALL))}
+    for name, (family, config) in (CASES | disk).items():
         model = make(family)
         model.prune(config, ids_for())
         weights, masks, _ = two[1][0][name]
