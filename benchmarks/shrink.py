@@ -6,8 +6,8 @@ python benchmarks/shrink.py texts.jsonl --out results [--ways efficientllm rando
 "one-shot": Taylor saliency takes all groups out at once, and the same number of steps trains what is left. "scratch": the final
 shape of "efficientllm", from random weights, at ten times the rate. A demonstration on 10^5 tokens; the paper has 10^10.
 bfloat16 autocast. Runs found in results/shrink.json are not run again; the table in results/shrink.md has them all, and
-results/shrink.png the first of "efficientllm". The last steps' seconds and the bytes of parameters, gradients and moments at the
-end are told beside, and with --forward the forward pass of the first result against the source's.
+results/shrink.png the first of "efficientllm". With --speed the forward pass of the first result is timed against the source's, and its steps
+against those of a model that was never larger.
 """
 
 import argparse
@@ -45,26 +45,19 @@ class Random(hf_prune.EfficientLLMCallback):
             saliency.values[axis] = values.mean() * (0.5 + torch.rand(len(values), generator=generator))
 
 
-class Pace(TrainerCallback):
-    """Seconds of each step, and at the end the bytes that training holds for the parameters."""
+class Held(TrainerCallback):
+    """The bytes that training holds for the parameters in the end."""
 
-    def __init__(self):
-        self.seconds, self.bytes = [], 0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.perf_counter()
+    bytes = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step == state.max_steps - 1:
             held = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if torch.is_tensor(t)]
             self.bytes = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._began)
-
 
 def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, counts: dict | None) -> dict:
-    model, callbacks, pace = fresh(), [], Pace()
+    model, callbacks, memory = fresh(), [], Held()
     what = {"order": args.order, "compensate": args.compensate}
     options = {"warm_up": args.warm_up, "recovery": args.recovery, **what}
     kinds = tuple(args.kinds) if args.kinds else None
@@ -100,51 +93,75 @@ def run(way: str, seed: int, args: argparse.Namespace, train, held, fresh, count
             warmup_steps=args.steps // 10, weight_decay=0.0, bf16=True, save_strategy="no", report_to=[], logging_steps=1,
             use_cpu=True, seed=seed,
         )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[*callbacks, pace])
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[*callbacks, memory])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     groups = groups_of(model)
-    if args.forward and way == "efficientllm":
-        forward(fresh(), model, held)
-    return {
+    result = {
         "way": way, "seed": seed, "steps": args.steps, "options": {**options, "rate": args.rate, "share": args.share, "kinds": args.kinds},
         "perplexity": hf_prune.perplexity(model, None, held).perplexity, "block_parameters": block_parameters(groups),
         "counts": {kind: axes[0].count for kind, axes in groups.axes.items()}, "seconds": time.perf_counter() - begun,
-        "step": statistics.median(pace.seconds[-args.steps // 10 :]), "bytes": pace.bytes,
+        "bytes": memory.bytes,
         "log": [e for e in trainer.state.log_history if "loss" in e and way == "efficientllm"],
     }  # fmt: skip
+    if args.speed and way == "efficientllm":
+        speed(fresh(), trainer, held)
+    return result
 
 
-@torch.no_grad()
-def forward(source, smaller, held) -> None:
-    """Prints how much faster the smaller model's forward pass is than the source's, and how many fewer FLOPs it has."""
-    ids, models, flops, seconds = held[:1], (source.eval(), smaller.eval()), [], ([], [])
-    for model in models:
-        with FlopCounterMode(display=False) as counter:
+def in_turn(*works) -> list[float]:
+    """The median seconds of each, done ten times one after the other, so that all see the same machine; the first time does not count."""
+    seconds = [[] for _ in works]
+    for _ in range(11):
+        for work, found in zip(works, seconds):
+            begun = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - begun)
+    return [statistics.median(found[1:]) for found in seconds]
+
+
+def speed(source, trainer, held) -> None:
+    """Prints how much faster the smaller model's forward pass is than the source's and how many fewer FLOPs it has, and how long
+    its training steps take against those of a model that was never larger."""
+    smaller, ids = trainer.model.eval(), held[:2]
+    source.eval().set_attn_implementation("eager")  # as the smaller one
+    flops = []
+    for model in (source, smaller):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(input_ids=ids)
         flops.append(counter.get_total_flops())
-    for _ in range(12):  # in turn, so that both see the same machine
-        for model, found in zip(models, seconds):
-            begun = time.perf_counter()
-            model(input_ids=ids)
-            found.append(time.perf_counter() - begun)
-    fewer, faster = flops[0] / flops[1], min(seconds[0]) / min(seconds[1])
+    with torch.no_grad():
+        slow, fast = in_turn(lambda: source(input_ids=ids), lambda: smaller(input_ids=ids))
+    fewer, faster = flops[0] / flops[1], slow / fast
     print(f"forward of {ids.numel()} tokens: {fewer:.2f}x fewer FLOPs, {faster:.2f}x faster ({faster / fewer:.2f} of that)")
+    twin = AutoModelForCausalLM.from_config(smaller.config, dtype=torch.float32, attn_implementation="eager")
+    options = {name: value for name, value in trainer.optimizer.param_groups[0].items() if name != "params"}
+    other = torch.optim.AdamW(
+        twin.parameters(), **{name: options[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
+    )
+
+    def step(model, optimizer) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's wrapper has the schedule, too
+    shrunk, never = in_turn(lambda: step(smaller.train(), optimizer), lambda: step(twin.train(), other))
+    print(f"a step: {shrunk:.2f} s, of a model that was never larger {never:.2f} s ({shrunk / never:.2f}x)")
 
 
 def table(results: list[dict]) -> str:
     """Means over the seeds, as markdown."""
     lines = [
-        "| way | held-out perplexity, mean (each seed) | blocks, M | seconds a step at the end | GB of parameters, gradients, moments |",
-        "|---|---|---|---|---|",
+        "| way | held-out perplexity, mean (each seed) | blocks, M | GB of parameters, gradients, moments at the end |",
+        "|---|---|---|---|",
     ]
     for way in dict.fromkeys(r["way"] for r in results):
         of = sorted((r for r in results if r["way"] == way), key=lambda r: r["seed"])
         each = ", ".join(f"{r['perplexity']:.2f}" for r in of)
-        mean, step = (statistics.mean(r[key] for r in of) for key in ("perplexity", "step"))
-        lines.append(
-            f"| {way} | **{mean:.2f}** ({each}) | {of[0]['block_parameters'] / 1e6:.1f} | {step:.2f} | {of[0]['bytes'] / 1e9:.2f} |"
-        )
+        mean, size, held = statistics.mean(r["perplexity"] for r in of), of[0]["block_parameters"] / 1e6, of[0]["bytes"] / 1e9
+        lines.append(f"| {way} | **{mean:.2f}** ({each}) | {size:.1f} | {held:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -163,7 +180,7 @@ def main():
     parser.add_argument("--compensate", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--kinds", nargs="*", default=["ffn"], help="that may go; none are all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()

@@ -30,10 +30,10 @@ class KeepMasksCallback(TrainerCallback):
     Gradients of pruned weights are set to zero before they are clipped, and the weights again after each step; checkpoints
     then carry their masks. With `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves
     behind. Over a pruned model with adapters of PEFT it holds whatever else is trained, and from then on a LoRA that would fill
-    pruned weights is not merged (`peft_adapters.refuse_densifying_merge`).
+    pruned weights is not merged (`peft_adapters.refuse_densifying_merge`). Under FSDP2 each process masks the rows that it holds.
 
     Raises:
-        ValueError: training begins and the model has no masks.
+        ValueError: training begins and the model has no masks, or is sharded other than by rows (tensor parallelism, FSDP1, ZeRO-3).
     """
 
     def __init__(self):
@@ -44,6 +44,8 @@ class KeepMasksCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         whole, model = model, getattr(model, "get_base_model", lambda: model)()
+        if any("_fsdp_wrapped_module" in name or hasattr(p, "ds_id") for name, p in model.named_parameters()):
+            raise ValueError("masks hold under DDP and FSDP2 (fsdp_config={'version': 2}), not under FSDP1 or ZeRO-3.")
         names = {name: _WITHIN_PEFT.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False)}
         masks = state_of(model, type(self).__name__).masks
         self._held = masked_gradients(model, masks.renamed(names))
@@ -99,7 +101,10 @@ class PERPCallback(KeepMasksCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_init_end(args, state, control)
         if args.fsdp or getattr(args, "deepspeed", None):
-            raise ValueError("PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; its sliver is small.")
+            raise ValueError(
+                "PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; its sliver is small. To train all weights under "
+                "FSDP2 take KeepMasksCallback."
+            )
         check_model(model)
         masks = state_of(model, "PERPCallback").masks
         self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)

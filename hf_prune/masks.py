@@ -99,19 +99,20 @@ class Masks(MutableMapping[str, Tensor]):
         Raises:
             ValueError: a mask has no parameter of its name and shape; no weight is changed then.
         """
-        parameters = self.parameters_of(model)
-        for name, parameter in parameters.items():
-            zero_pruned_(parameter, torch.from_numpy(self.packed(name)).to(parameter.device))
+        for name, parameter in self.parameters_of(model).items():
+            zero_pruned_(*in_this_process(parameter, self.packed(name)))
 
     @torch.no_grad()
     def violations(self, model: nn.Module) -> dict[str, int]:
-        """Per parameter, how many pruned weights of `model` are not zero; only parameters that have any."""
+        """Per parameter, how many pruned weights of `model` (of what this process has of it) are not zero; only those that have any."""
         found = {}
         for name, parameter in self.parameters_of(model).items():
-            if parameter.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
-                if not (pack(bit_patterns(parameter) != 0) & ~self.packed(name)).any():
+            weight, bits = in_this_process(parameter, self.packed(name))
+            if weight.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
+                if not (pack(bit_patterns(weight) != 0) & ~bits.numpy()).any():
                     continue
-            if count := int(((parameter != 0) & ~self[name].to(parameter.device)).count_nonzero()):
+            kept = torch.from_numpy(unpack(bits.cpu().numpy(), weight.shape[-1])).to(weight.device)
+            if count := int(((weight != 0) & ~kept).count_nonzero()):
                 found[name] = count
         return found
 
@@ -248,6 +249,23 @@ def pack(bits: numpy.ndarray) -> numpy.ndarray:
 def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:
     """The bool (..., width) that `pack` was given."""
     return numpy.unpackbits(packed, axis=-1, count=width, bitorder="little").view(numpy.bool_)
+
+
+def in_this_process(parameter: Tensor, packed: numpy.ndarray) -> tuple[Tensor, Tensor]:
+    """`parameter` and its `packed` mask; of one that FSDP2 has sharded, the rows that this process holds.
+
+    Raises:
+        ValueError: it is sharded along its last dimension, across which masks are packed.
+    """
+    bits = torch.from_numpy(packed)
+    if placements := getattr(parameter, "placements", None):  # a DTensor
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        if any(type(p) is not Replicate and (type(p) is not Shard or p.dim == parameter.dim() - 1) for p in placements):
+            raise ValueError(f"masks hold under FSDP2, which shards rows, not under tensor parallelism: got {placements}.")
+        bits = distribute_tensor(bits.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None).to_local()
+        parameter = parameter.to_local()
+    return parameter, bits.to(parameter.device)
 
 
 def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .masks import Masks, zero_pruned_
+from .masks import Masks, in_this_process, zero_pruned_
 
 
 ADAPTERS = ("lora", "lora_prune", "mask_lora", "scale_lora", "spp_lora")
@@ -268,17 +268,18 @@ def attach(
 
 def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor, Any]]:
     """From now on pruned weights get no gradient, before anything clips or uses it: each parameter that is trained, its packed
-    bits, and the handle that ends it."""
+    bits, and the handle that ends it. Of parameters that FSDP2 has sharded, the rows in this process."""
     held = []
     for name, parameter in masks.parameters_of(model).items():
         if parameter.requires_grad:
-            bits = torch.from_numpy(masks.packed(name)).to(parameter.device)
-            held.append((parameter, bits, parameter.register_post_accumulate_grad_hook(partial(_fill_gradient, bits))))
+            mine, bits = in_this_process(parameter, masks.packed(name))
+            held.append((mine, bits, parameter.register_post_accumulate_grad_hook(partial(_fill_gradient, bits))))
     return held
 
 
 def _fill_gradient(bits: Tensor, parameter: nn.Parameter) -> None:
-    zero_pruned_(parameter.grad, bits)
+    gradient = parameter.grad
+    zero_pruned_(gradient.to_local() if hasattr(gradient, "placements") else gradient, bits)
 
 
 _WAYS_OUT = {

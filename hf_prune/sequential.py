@@ -305,8 +305,12 @@ class _BlockWork:
                 self._solve(task)
             if last[task.group] == i:
                 self._inputs.pop(task.group, None)
-        for task, owner in zip(tasks, owners) if ranks.count > 1 else ():
-            self._exchange(task, owner)
+        if ranks.count > 1:
+            for task, owner in zip(tasks, owners):
+                self._exchange(task, owner)
+            self.masks = {
+                name: self.masks[name] for name in self.parameters if name in self.masks
+            }  # one order in all processes
 
     def _solve(self, task: _Task) -> None:
         plan, source = self.plan, self._inputs.get(task.group)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, ids_for, in_two_processes, make, same, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -284,6 +285,10 @@ def test_sharded_parameters_are_refused():
     args = types.SimpleNamespace(fsdp="full_shard", deepspeed=None)
     with pytest.raises(ValueError, match="use DDP"):
         PERPCallback().on_init_end(args, None, None, model=pruned())
+    model = pruned()
+    model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks its parameters
+    with pytest.raises(ValueError, match="not under FSDP1 or ZeRO-3"):
+        KeepMasksCallback().on_train_begin(None, None, None, model=model)
 
 
 @pytest.mark.parametrize("kind", ["mask_lora", "full"])
@@ -298,6 +303,73 @@ assert test_perp.holds(model, masks)
     in_two_processes(tmp_path, code)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
     assert not plain.pruning_masks.violations(plain)
+
+
+# accelerate shards on accelerators only; all that it does then runs on CPUs too.
+ON_CPUS = """
+import accelerate.state as states, torch
+from accelerate.utils import DistributedType
+begin = states.AcceleratorState.__init__
+def init(self, *args, fsdp_plugin=None, **kwargs):
+    begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        states.PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+states.AcceleratorState.__init__ = init
+"""
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Trainer of 4.57 takes FSDP2 from accelerate's launcher alone")
+def test_masks_hold_under_fsdp2(tmp_path):
+    """Each process masks the rows that it holds; checkpoints carry masks, and training goes on from one."""
+    code = f"""{ON_CPUS}
+import hf_prune, test_perp
+config = {{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}}
+how = dict(fsdp=True, fsdp_config=config, weight_decay=0.1, save_strategy="steps", save_steps=3)
+for resume in (None, "run/checkpoint-3"):
+    model = test_perp.pruned()
+    masks, before = model.pruning_masks, test_perp.snapshot(model)
+    trainer = test_perp.train(model, "run", hf_prune.KeepMasksCallback(), resume=resume, **how)
+    sharded = dict(trainer.model.named_parameters())
+    assert all(type(p).__name__ == "DTensor" and len(p.to_local()) < len(p) for p in sharded.values())
+    for name, bits in masks.items():
+        pruned = ~bits
+        for tensor in (sharded[name], *[t for t in trainer.optimizer.state[sharded[name]].values() if t.dim()]):
+            assert not tensor.full_tensor()[pruned].any() and tensor.full_tensor()[bits].any()
+        assert not torch.equal(sharded[name].full_tensor(), before[name])
+    mine = next(p for name, p in sharded.items() if name in masks).to_local()
+    kept = mine.detach().clone()
+    mine.data.fill_(1.0)
+    assert sum(masks.violations(trainer.model).values()) == mine.numel() // 2
+    mine.data.copy_(kept)
+    trainer.save_model("final")
+    found = {{name: p.full_tensor() for name, p in sharded.items()}}
+    if resume:
+        assert all(torch.allclose(p, found[name], atol=1e-6) for name, p in first.items())
+    first = found
+model = hf_prune.load("final")
+assert not masks.violations(model) and model.pruning_masks.digest() == masks.digest()
+assert all(torch.equal(p, found[name]) for name, p in model.named_parameters())
+"""
+    in_two_processes(tmp_path, code)
+
+
+def test_tensor_parallelism_is_refused(tmp_path):
+    code = """
+import pytest, test_perp, torch
+from torch.distributed.tensor import Shard, distribute_tensor
+from hf_prune.perp import masked_gradients
+torch.distributed.init_process_group("gloo")
+model = test_perp.pruned()
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+up = model.model.layers[0].mlp.up_proj
+whole, up.weight = up.weight, torch.nn.Parameter(distribute_tensor(up.weight.detach(), mesh, [Shard(1)]))
+for use in (model.pruning_masks.violations, lambda model: masked_gradients(model, model.pruning_masks)):
+    with pytest.raises(ValueError, match="not under tensor parallelism"):
+        use(model)
+up.weight = whole
+"""
+    in_two_processes(tmp_path, code)
 
 
 def test_example(tokenizer, tmp_path, monkeypatch):
