@@ -123,7 +123,8 @@ def in_turn(*works) -> list[float]:
 def speed(source, trainer, held) -> None:
     """Prints how much faster the smaller model's forward pass is than the source's and how many fewer FLOPs it has, and how long
     its training steps take against those of a model that was never larger."""
-    smaller, ids = trainer.model.eval(), held[:2]
+    smaller = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()  # without Trainer's bfloat16
+    ids = held[:2]
     source.eval().set_attn_implementation("eager")  # as the smaller one
     flops = []
     for model in (source, smaller):

@@ -44,7 +44,7 @@ def child(args) -> None:
     ids = load_file(args.ids)["calibration"].long()[: args.samples]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prune = ours if who == "hf_prune" else theirs
-    call = prune(model, method, pattern, ids, folder)
+    call = prune(model, method, pattern, ids, folder, args.bf16)
     peak, before, done = [resident()], resident(), threading.Event()
 
     def watch():
@@ -64,15 +64,15 @@ def child(args) -> None:
     print(json.dumps({"seconds": seconds, "memory": peak[0] - before, "sparsity": zeros, "versions": versions}))
 
 
-def ours(model, method: str, pattern: str, ids, folder: str):
+def ours(model, method: str, pattern: str, ids, folder: str, bf16: bool):
     import hf_prune
 
     words = {"pattern": pattern} if ":" in pattern else {"sparsity": 0.5}
     config = hf_prune.PruningConfig(method, **words, n_samples=len(ids), sequence_length=ids.shape[1])
-    return lambda: model.prune(config, ids)
+    return lambda: model.prune(config, ids, bf16=bf16)
 
 
-def theirs(model, method: str, pattern: str, ids, folder: str):
+def theirs(model, method: str, pattern: str, ids, folder: str, bf16: bool):
     from datasets import Dataset
     from llmcompressor import oneshot
 
@@ -99,6 +99,9 @@ def main():
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=12, help="of text that is evaluated")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--bf16", action="store_true", help="hf_prune's forward passes under autocast; llm-compressor has no such option"
+    )
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -129,7 +132,15 @@ def main():
                 best: dict[str, float] = {}
                 for _ in range(args.rounds):
                     for who, python in (("hf_prune", sys.executable), ("llm-compressor", args.other or sys.executable)):
-                        words = ["--ids", args.ids, "--threads", args.threads, "--samples", args.samples]
+                        words = [
+                            "--ids",
+                            args.ids,
+                            "--threads",
+                            args.threads,
+                            "--samples",
+                            args.samples,
+                            *["--bf16"] * args.bf16,
+                        ]
                         words += ["--child", who, method, pattern, folder, out]
                         command = [python, os.path.abspath(__file__), *map(str, words)]
                         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=place, check=True)

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--compact", action="store_true", help="save only what the masks keep; hf_prune.load reads it")
     prune.add_argument("--resume-dir", help="folder for a journal; the same command goes on from it after an interruption")
+    prune.add_argument("--bf16", action="store_true", help="calibrate a float32 model under bfloat16 autocast: faster")
     prune.add_argument("--stream", action="store_true", help="from disk to disk, one block in memory; goes on when run again")
     prune.set_defaults(run=_prune)
 
@@ -124,7 +125,7 @@ def _prune(args) -> int:
     if args.stream:
         return _stream(args, config)
     model, tokenizer = _load(args)
-    report = model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir)
+    report = model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir, bf16=args.bf16)
     if Ranks.launched().index == 0:
         print(report)
         model.save_pretrained(args.output, compact=args.compact)
@@ -149,7 +150,7 @@ def _stream(args, config: PruningConfig) -> int:
             f"--stream writes weights as they are in safetensors, and goes on by itself: leave out {', '.join(wrong)}."
         )
     tokenizer = AutoTokenizer.from_pretrained(args.model) if config.needs_calibration else None
-    report = prune_checkpoint(args.model, args.output, config, args.calibration, tokenizer, device=args.device)
+    report = prune_checkpoint(args.model, args.output, config, args.calibration, tokenizer, device=args.device, bf16=args.bf16)
     if Ranks.launched().index == 0:
         print(f"{report}\nsaved to {args.output}")
     return 0

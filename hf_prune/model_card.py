@@ -276,7 +276,7 @@ _PLAIN = "`AutoModelForCausalLM.from_pretrained` loads it as well, also without 
 
 def _again(report: PruningReport) -> str:
     config = dict(report.config)
-    how = config.pop("reconstruct", None)
+    how, bf16 = config.pop("reconstruct", None), config.pop("bf16", False)
     shown = {
         key: value
         for key, value in config.items()
@@ -284,6 +284,7 @@ def _again(report: PruningReport) -> str:
     }
     arguments = "\n".join(f"    {key}={value!r}," for key, value in shown.items())
     data = f"calibration={report.calibration or 'your texts'!r}, tokenizer=tokenizer" if report.tokens else ""
+    data += ", bf16=True" if bf16 else ""
     data += ", reconstruct=hf_prune.Reconstruction(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")" if how else ""
     name = report.base_model or "the dense model"
     return f"""```python

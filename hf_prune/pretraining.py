@@ -45,7 +45,8 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             parameters falls linearly. Slow removal was worth more than a long recovery (see README).
         every: steps between two removals.
         order, decay, per_parameter: of the saliency, see `structural.efficientllm`.
-        compensate: readers are refitted to what is left ("EfficientLLM-B"), which keeps a Gram matrix of what each reads.
+        compensate: readers are refitted to what is left ("EfficientLLM-B"), which keeps a Gram matrix of what each reads, fp32 (in, in):
+            in a 7B model 15 GB for FFN channels. Without it SmolLM2-135M ended at a perplexity of 49.8, with it at 45.6.
 
     Raises:
         ValueError: the model cannot lose what is asked for, has masks or adapters, or its parameters are sharded.
@@ -64,7 +65,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         order: int = 2,
         decay: float = 0.9,
         per_parameter: bool = True,
-        compensate: bool = False,
+        compensate: bool = True,
     ):
         if not 0 <= warm_up < 1 or not 0 <= recovery < 1 or warm_up + recovery >= 1:
             raise ValueError(f"warm_up and recovery are shares of the steps, together below 1: got {warm_up} and {recovery}.")

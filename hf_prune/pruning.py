@@ -49,6 +49,7 @@ def prune_model(
     fixed_masks: Masks | None = None,
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
+    bf16: bool = False,
     resume_dir: str | Path | None = None,
     reconstruct: Reconstruction | bool | None = None,
     keep: Callable[[Masks, PruningReport], None] | None = None,
@@ -95,14 +96,18 @@ def prune_model(
         journal = None
         if checkpoint or ranks.count > 1 or (resume_dir is not None and needs_data):
             identity = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
-            identity |= ({"reconstruct": str(how)} if how else {}) | {
-                "calibration": fingerprint(sequences),
-                "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
-                "earlier masks": old_masks.digest()[:16],
-                "given masks": fixed_masks.digest()[:16],
-                "tokens_per_batch": str(tokens_per_batch),
-                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-            }
+            identity |= (
+                ({"reconstruct": str(how)} if how else {})
+                | ({"bf16": "true"} if bf16 else {})
+                | {
+                    "calibration": fingerprint(sequences),
+                    "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
+                    "earlier masks": old_masks.digest()[:16],
+                    "given masks": fixed_masks.digest()[:16],
+                    "tokens_per_batch": str(tokens_per_batch),
+                    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                }
+            )
             ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
             if checkpoint:
@@ -116,6 +121,7 @@ def prune_model(
             plan = Plan(
                 decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks, masks,
                 ranks=ranks, reconstruction=how, before_change=(lambda parameter: None) if checkpoint else undo.save,
+                bf16=bf16 and model.dtype == torch.float32,
             )  # fmt: skip
             gradient_seconds = 0.0
             if not needs_data:
@@ -148,7 +154,11 @@ def prune_model(
                 if str(patterns[linear.name]) not in known.split(", "):
                     masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
             report = PruningReport(
-                config={**config.to_dict(), **({"reconstruct": dataclasses.asdict(how)} if how else {})},
+                config={
+                    **config.to_dict(),
+                    **({"reconstruct": dataclasses.asdict(how)} if how else {}),
+                    **({"bf16": True} if plan.bf16 and needs_data else {}),
+                },
                 model=type(model).__name__,
                 blocks=blocks,
                 sparsity=masks.sparsity(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,7 @@ class Plan:
     ranks: Ranks = ALONE
     reconstruction: Reconstruction | None = None
     before_change: Callable[[torch.nn.Parameter], None] = lambda parameter: None
+    bf16: bool = False  # forward passes run under autocast; statistics and solvers never do
 
     def linears(self, block: Block) -> list[Linear]:
         return [linear for linear in block.linears if linear.name in self.patterns]
@@ -154,13 +156,16 @@ def prune_blocks(
             if index < done:
                 reports.append(_taken(plan, block, index, journal))
                 continue
-            with block.present():
+            with block.present(), _autocast(block, plan.bf16):
                 work = _BlockWork(plan, block)
-                work.gradients = plan.gradients_of(block)
+                with _autocast(block, False):
+                    work.gradients = plan.gradients_of(block)
+                    if gradient_samples is not None:
+                        some, norm = slice(min(gradient_samples, len(batches))), (plan.method.order, plan.method.by_token)
+                        work.gradients = block_gradients(
+                            block, calls[index][some], hidden[some], work.linears, *norm, plan.ranks
+                        )
                 before = calls[index][-1].run(block, hidden[-1])
-                if gradient_samples is not None:
-                    some, norm = slice(min(gradient_samples, len(batches))), (plan.method.order, plan.method.by_token)
-                    work.gradients = block_gradients(block, calls[index][some], hidden[some], work.linears, *norm, plan.ranks)
                 arguments, states = calls[index][: len(batches)], hidden[: len(batches)]
                 inputs = list(states) if how else []
                 parts = parts_of(block, arguments[0], inputs[0], how) if how else []
@@ -185,6 +190,11 @@ def prune_blocks(
                 if journal:
                     journal.save_block(index, work.parameters, work.masks, reports[-1], [*hidden, *dense])
     return reports
+
+
+def _autocast(block: Block, enabled: bool) -> AbstractContextManager:
+    """Linears of float32 in bfloat16, or not; without a cache, which would go on serving weights as they were before they changed."""
+    return torch.autocast(block.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def _taken(plan: Plan, block: Block, index: int, journal: Journal) -> BlockReport:
@@ -269,7 +279,8 @@ class _BlockWork:
         def heard(linear: Linear, x: Tensor) -> None:
             if linear.group not in self._inputs:
                 self._inputs[linear.group] = self._input(linear)
-            self._inputs[linear.group].update(x)
+            with _autocast(self.block, False):
+                self._inputs[linear.group].update(x)
 
         return heard
 
@@ -302,7 +313,8 @@ class _BlockWork:
         last = {task.group: i for i, task in enumerate(tasks)}
         for i, (task, owner) in enumerate(zip(tasks, owners)):
             if owner == ranks.index:
-                self._solve(task)
+                with _autocast(self.block, False):
+                    self._solve(task)
             if last[task.group] == i:
                 self._inputs.pop(task.group, None)
         if ranks.count > 1:

@@ -40,6 +40,7 @@ def prune_checkpoint(
     device: str | torch.device = "cpu",
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
+    bf16: bool = False,
 ) -> PruningReport:
     """Prunes the model in the folder `src` into a new folder `dst`, in the memory of one block and the hidden states.
 
@@ -49,7 +50,7 @@ def prune_checkpoint(
     Args:
         src: folder of a model with safetensors weights, or a Hub name; never changed.
         dst: folder to write; it must not be there.
-        config, calibration, tokenizer, tokens_per_batch: as for `model.prune`.
+        config, calibration, tokenizer, tokens_per_batch, bf16: as for `model.prune`.
         device: where blocks are computed.
         store: where hidden states wait between blocks: a device, or "disk"; None leaves them where blocks are computed.
 
@@ -92,6 +93,7 @@ def prune_checkpoint(
         old_masks=old and old.masks,
         tokens_per_batch=tokens_per_batch,
         store=store,
+        bf16=bf16,
         keep=keep,
         checkpoint=checkpoint,
     )

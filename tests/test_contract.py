@@ -302,6 +302,49 @@ def test_tied_embeddings_and_device_map(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("propagate", ["linear", "block"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
+def test_bf16_is_of_forward_passes_alone(method, propagate, family, monkeypatch):
+    kind = hf_prune.PruningConfig(method).method.__class__
+    solve, seen = kind.prune, []
+
+    def spy(self, jobs, group):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return solve(self, jobs, group)
+
+    monkeypatch.setattr(kind, "prune", spy)
+    inputs = []
+    for need in {hf_prune.statistics.ActivationNorm, hf_prune.statistics.Hessian}:
+        update = need.update
+        monkeypatch.setattr(need, "update", lambda self, x, update=update: (inputs.append((x.dtype, torch.is_autocast_enabled("cpu"))), update(self, x)) and None)  # fmt: skip
+    config = PruningConfig(method, pattern="2:4", propagate=propagate, n_samples=8, sequence_length=32)
+    exact, model = make(family), make(family)
+    exact.prune(config, ids_for())
+    assert torch.bfloat16 not in {dtype for dtype, _ in inputs}
+    inputs.clear()
+    report = model.prune(config, ids_for(), bf16=True)
+    assert torch.bfloat16 in {dtype for dtype, _ in inputs} and not any(on for _, on in inputs) and not any(seen)
+    assert not torch.is_autocast_enabled("cpu") and model.dtype == torch.float32 and report.config["bf16"] is True
+    agree = [float((mask == exact.pruning_masks[name]).float().mean()) for name, mask in model.pruning_masks.items()]
+    assert 0.9 < sum(agree) / len(agree) < 1.0
+
+    def fail(self, jobs, group):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "prune", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make(family).prune(config, ids_for(), bf16=True)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_bf16_leaves_half_precision_as_it_is():
+    models = make("llama", dtype=torch.bfloat16), make("llama", dtype=torch.bfloat16)
+    for model, bf16 in zip(models, (False, True)):
+        model.prune(config_for("sparsegpt", "2:4"), ids_for(), bf16=bf16)
+    assert same(models[0], snapshot(models[1]))
+
+
 def test_a_new_method_is_one_class(llama):
     from dataclasses import dataclass
 

@@ -45,7 +45,7 @@ def test_masks_hold(callback, gradient_checkpointing, tokenizer, tmp_path):
 def test_shrinks(tokenizer, tmp_path):
     model = make("llama")
     before = sum(parameter.numel() for parameter in model.model.layers.parameters())
-    trainer = trained(model, tokenizer, tmp_path / "run", EfficientLLMCallback(0.7, compensate=True))
+    trainer = trained(model, tokenizer, tmp_path / "run", EfficientLLMCallback(0.7))
     sizes = [entry["block_parameters"] for entry in trainer.state.log_history if "loss" in entry]
     assert sizes[-1] <= 0.7 * before and model.config.intermediate_size < 64
     model.save_pretrained(tmp_path / "out")
