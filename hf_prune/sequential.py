@@ -320,9 +320,8 @@ class _BlockWork:
         if ranks.count > 1:
             for task, owner in zip(tasks, owners):
                 self._exchange(task, owner)
-            self.masks = {
-                name: self.masks[name] for name in self.parameters if name in self.masks
-            }  # one order in all processes
+            order = [name for name in self.parameters if name in self.masks]  # the same in all processes
+            self.masks = {name: self.masks[name] for name in order}
 
     def _solve(self, task: _Task) -> None:
         plan, source = self.plan, self._inputs.get(task.group)
