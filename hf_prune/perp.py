@@ -273,6 +273,7 @@ def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter,
     for name, parameter in masks.parameters_of(model).items():
         if parameter.requires_grad:
             mine, bits = in_this_process(parameter, masks.packed(name))
+            bits = bits.to(mine.device)
             held.append((mine, bits, parameter.register_post_accumulate_grad_hook(partial(_fill_gradient, bits))))
     return held
 

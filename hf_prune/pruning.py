@@ -96,18 +96,16 @@ def prune_model(
         journal = None
         if checkpoint or ranks.count > 1 or (resume_dir is not None and needs_data):
             identity = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
-            identity |= (
-                ({"reconstruct": str(how)} if how else {})
-                | ({"bf16": "true"} if bf16 else {})
-                | {
-                    "calibration": fingerprint(sequences),
-                    "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
-                    "earlier masks": old_masks.digest()[:16],
-                    "given masks": fixed_masks.digest()[:16],
-                    "tokens_per_batch": str(tokens_per_batch),
-                    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-                }
-            )
+            identity |= {"reconstruct": str(how)} if how else {}
+            identity |= {"bf16": "true"} if bf16 else {}
+            identity |= {
+                "calibration": fingerprint(sequences),
+                "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
+                "earlier masks": old_masks.digest()[:16],
+                "given masks": fixed_masks.digest()[:16],
+                "tokens_per_batch": str(tokens_per_batch),
+                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            }
             ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
             if checkpoint:
