@@ -6,9 +6,10 @@ lockstep and pause at each linear; it is pruned the moment its input has arrived
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,7 +174,7 @@ def prune_blocks(
                 if plan.propagate == "linear":
                     work.in_one_pass(arguments, states, store)
                 else:
-                    work.in_two_passes(arguments, states, store)
+                    work.in_two_passes(arguments, states, store, again=not how and index + 1 < len(calls))
                 plan.masks.update(work.masks)
                 reconstruction = None
                 if how:
@@ -195,6 +196,17 @@ def prune_blocks(
 def _autocast(block: Block, enabled: bool) -> AbstractContextManager:
     """Linears of float32 in bfloat16, or not; without a cache, which would go on serving weights as they were before they changed."""
     return torch.autocast(block.device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def _weights_stay() -> Iterator[None]:
+    """Autocast, if it is on, casts each weight once within."""
+    torch.set_autocast_cache_enabled(True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(False)
+        torch.clear_autocast_cache()
 
 
 def _taken(plan: Plan, block: Block, index: int, journal: Journal) -> BlockReport:
@@ -234,8 +246,8 @@ class _BlockWork:
         )  # fmt: skip
         self._prune_unreached()
 
-    def in_two_passes(self, calls: list[Call], states: list[Tensor], store: Store) -> None:
-        """propagate="block"; `states` become the block's outputs, in place."""
+    def in_two_passes(self, calls: list[Call], states: list[Tensor], store: Store, again: bool = True) -> None:
+        """propagate="block"; `states` become the block's outputs, in place, unless it need not run `again`."""
         first = {group[0] for group in self.groups.values()}
         heard = self._listener(len(calls))
         last = max((linear for linear in self.linears if linear.called), key=lambda linear: linear.rank, default=None)
@@ -248,15 +260,14 @@ class _BlockWork:
             if linear is stop_at:
                 raise _Heard
 
-        for call, state in zip(calls, states):
-            with watch(self.block, listener, self.linears):
-                try:
+        with _weights_stay():
+            for call, state in zip(calls, states):
+                with watch(self.block, listener, self.linears), contextlib.suppress(_Heard):
                     call.run(self.block, state)
-                except _Heard:  # the rest of the dense pass has nothing to tell
-                    pass
         self.prune_all()
-        for i, (call, state) in enumerate(zip(calls, states)):
-            states[i] = store(call.run(self.block, state))
+        with _weights_stay():
+            for i, (call, state) in enumerate(zip(calls, states) if again else ()):
+                states[i] = store(call.run(self.block, state))
 
     def prune_all(self) -> None:
         """Prunes every linear of the block, those without an input by magnitude."""
@@ -389,7 +400,7 @@ class _Task:
 
 
 class _Heard(Exception):
-    pass
+    """The rest of the dense pass has nothing to tell."""
 
 
 def _statistics(method: Method, linear: Linear, source: _Input | None, gradients: dict[str, GradientNorm]) -> tuple:

@@ -1,5 +1,6 @@
 """One contract for every family and every method."""
 
+import contextlib
 import copy
 import pickle
 
@@ -336,6 +337,15 @@ def test_bf16_is_of_forward_passes_alone(method, propagate, family, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         make(family).prune(config, ids_for(), bf16=True)
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_weights_that_are_cast_once_are_never_stale(family, monkeypatch):
+    models = make(family), make(family)
+    for model in models:
+        model.prune(config_for("wanda", "2:4", propagate="block"), ids_for(), bf16=True)
+        monkeypatch.setattr(hf_prune.sequential, "_weights_stay", contextlib.nullcontext)
+    assert same(models[0], snapshot(models[1]))
 
 
 def test_bf16_leaves_half_precision_as_it_is():
