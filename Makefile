@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo test test-legacy style quality bench cards
+.PHONY: demo export test test-legacy style quality bench cards
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,9 @@ $(VENV)/runtimes: $(VENV)/ready
 
 demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
 	$(VENV)/bin/python examples/demo.py
+
+export: $(VENV)/runtimes  ## SmolLM2-135M at 2:4 in ONNX Runtime and OpenVINO, against torch
+	$(VENV)/bin/python examples/export.py
 
 test: $(VENV)/runtimes  ## the tests, about three minutes
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup

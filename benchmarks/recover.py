@@ -1,15 +1,16 @@
 """What retraining gives back: SmolLM2-135M pruned, then trained in several ways on a few texts, perplexity on other ones.
 
-python benchmarks/recover.py texts.jsonl --ids ids.safetensors [--rows sparsegpt,2:4,reconstruction ...]
+python benchmarks/recover.py texts.jsonl --ids ids.safetensors [--rows sparsegpt,2:4,reconstruction+mask_lora ...]
 
 `texts.jsonl` has 300 documents or so; every tenth is held out. `ids.safetensors` has `calibration` and `evaluation` ids
-(sequences, length): pruning calibrates with the first, the perplexity is of the second. Each row is a process of its own; peak
-memory is that of the whole process. Two threads, bfloat16 autocast.
+(sequences, length): pruning calibrates with the first, the perplexity is of the second. Each way is a process of its own; peak
+memory is that of the whole process from the pruned model on, without the evaluation. Two threads, bfloat16 autocast.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,6 @@ WAYS = {
     "norm": {"train": ("norm",), "rate": 3e-3},
     "mask_lora": {"train": ("mask_lora", "norm"), "rate": 2e-3},
     "full": {"train": ("full",), "rate": 3e-4},
-    "reconstruction": {"reconstruct": True},
     "reconstruction+mask_lora": {"reconstruct": True, "train": ("mask_lora", "norm"), "rate": 2e-3, "distil": True},
 }
 
@@ -43,46 +43,62 @@ def packed(texts: list[str], tokenizer, length: int) -> torch.Tensor:
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def row_of(args: argparse.Namespace, pruned: str, way: str) -> dict:
+def rows_of(args: argparse.Namespace, pruned: str, way: str) -> list[dict]:
+    """Of one process: the way, and before it the reconstruction that it begins with."""
     fresh, tokenizer = load()
     texts = [json.loads(line)["text"] for line in open(args.texts, encoding="utf-8")]
     train, held = packed([t for i, t in enumerate(texts) if i % 10 != 9], tokenizer, 512), packed(texts[9::10], tokenizer, 512)
     ids = {name: value.long() for name, value in load_file(args.ids).items()}
-    model, how = fresh(), WAYS[way]
-    method, pattern = pruned.split(",")
-    config = hf_prune.PruningConfig(method=method, pattern=pattern, n_samples=len(ids["calibration"]), sequence_length=512)
-    model.prune(config, ids["calibration"])
-    result = {"seconds": 0.0, "share": 0.0}
-    started = time.perf_counter()
+    how, folder = WAYS[way], pathlib.Path(args.place, pruned.replace("%", ""))
+    if not folder.exists():
+        method, pattern = pruned.split(",")
+        config = hf_prune.PruningConfig(method=method, pattern=pattern, n_samples=len(ids["calibration"]), sequence_length=512)
+        model = fresh()
+        model.prune(config, ids["calibration"])
+        model.save_pretrained(folder)
+        del model
+    model, seconds, rows = hf_prune.load(folder, dtype=torch.float32), 0.0, []
+
+    def count_peak() -> None:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+    def measure(way: str, share: float, **more) -> None:
+        assert not model.pruning_masks.violations(model)
+        with open("/proc/self/status") as file:
+            peak = next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
+        found = {
+            name: hf_prune.perplexity(model, None, x).perplexity for name, x in (("held", held), ("ppl", ids["evaluation"]))
+        }
+        rows.append({"way": way, "seconds": seconds, "peak": peak, "share": share, **found, **more})
+        count_peak()
+
+    count_peak()
     if how.get("reconstruct"):
+        started = time.perf_counter()
         options = {name: value for name, value in vars(args).items() if name in ("epochs", "batch_tokens") and value}
         reconstruction = hf_prune.Reconstruction(bf16=True, learning_rate=args.block_rate, **options)
         errors = hf_prune.reconstruct(model, fresh(), train[: args.sequences], how=reconstruction)
-        result["error"] = [sum(error[i] for error in errors.values()) / len(errors) for i in (0, 1)]
-        result["share"] = model.pruning_masks.numel() / sum(p.numel() for p in model.parameters())
-        result["reconstruction_seconds"] = time.perf_counter() - started
-        result["reconstructed"] = hf_prune.perplexity(model, None, ids["evaluation"]).perplexity
-        started += time.perf_counter() - started - result["reconstruction_seconds"]
+        seconds += time.perf_counter() - started
+        share = model.pruning_masks.numel() / sum(p.numel() for p in model.parameters())
+        measure("reconstruction", share, error=[sum(error[i] for error in errors.values()) / len(errors) for i in (0, 1)])
+    share = 0.0
     if how.get("train"):
         distillation = hf_prune.Distillation(fresh().to(torch.bfloat16), weight=args.weight) if how.get("distil") else None
         callback = hf_prune.PERPCallback(how["train"], distillation=distillation)
-        rows = [{"input_ids": row, "labels": row} for row in train]
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
                 folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.rate or how["rate"],
                 warmup_steps=args.steps // 10, weight_decay=0.0, bf16=True, max_grad_norm=1.0, save_strategy="no", report_to=[],
                 logging_steps=20, use_cpu=True, seed=args.seed,
             )  # fmt: skip
-            trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
-            result["share"] = callback._attached.share
+            data = [{"input_ids": row, "labels": row} for row in train]
+            trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+            share, started = callback._attached.share, time.perf_counter()
             trainer.train()
-    result["seconds"] = time.perf_counter() - started
-    with open("/proc/self/status") as file:
-        result["peak"] = next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
-    result["held_out"] = hf_prune.perplexity(model, None, held).perplexity
-    result["perplexity"] = hf_prune.perplexity(model, None, ids["evaluation"]).perplexity
-    assert not model.pruning_masks.violations(model)
-    return result
+            seconds += time.perf_counter() - started
+    measure(way, share)
+    return rows
 
 
 def main():
@@ -100,24 +116,27 @@ def main():
     parser.add_argument("--weight", type=float, default=0.5, help="of the distillation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--place", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
         torch.set_num_threads(2)
         transformers.logging.set_verbosity_error()
         *pruned, way = args.alone.split(",")
-        print("\n" + json.dumps(row_of(args, ",".join(pruned), way)))
+        print("\n" + json.dumps(rows_of(args, ",".join(pruned), way)))
         return
     print(f"{'pruned, trained':<40}{'perplexity':>11}{'held out':>10}{'seconds':>9}{'peak GiB':>10}{'trained':>10}")
-    for row in args.rows:
-        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--alone", row], stdout=subprocess.PIPE, text=True)
-        if run.returncode:
-            raise SystemExit(f"{row} failed, see above.")
-        r = json.loads(run.stdout.splitlines()[-1])
-        more = {name: r[name] for name in ("error", "reconstruction_seconds", "reconstructed") if name in r}
-        print(
-            f"{row:<40}{r['perplexity']:>11.2f}{r['held_out']:>10.2f}{r['seconds']:>9.0f}{r['peak']:>10.2f}{r['share']:>10.3%}",
-            more or "", flush=True,
-        )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:
+        for row in args.rows:
+            command = [sys.executable, __file__, *sys.argv[1:], "--alone", row, "--place", place]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if run.returncode:
+                raise SystemExit(f"{row} failed, see above.")
+            for r in json.loads(run.stdout.splitlines()[-1]):
+                name = f"{row.rpartition(',')[0]},{r['way']}"
+                print(
+                    f"{name:<40}{r['ppl']:>11.2f}{r['held']:>10.2f}{r['seconds']:>9.0f}{r['peak']:>10.2f}{r['share']:>10.3%}",
+                    {"error": r["error"]} if "error" in r else "", flush=True,
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

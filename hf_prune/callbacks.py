@@ -80,7 +80,7 @@ class PERPCallback(KeepMasksCallback):
 
     Raises:
         ValueError: the model has no masks, the callback came too late for the optimizer, `train` finds nothing to train, or
-            the parameters are sharded (FSDP, DeepSpeed ZeRO-3).
+            the parameters are sharded other than by FSDP2.
     """
 
     def __init__(
@@ -100,10 +100,13 @@ class PERPCallback(KeepMasksCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_init_end(args, state, control)
-        if args.fsdp or getattr(args, "deepspeed", None):
+        config = getattr(args, "fsdp_config", None) or {}
+        if getattr(args, "deepspeed", None) or (args.fsdp and int(config.get("version", 2)) != 2):
+            raise ValueError("PERPCallback trains under DDP and FSDP2 (fsdp_config={'version': 2}), not FSDP1 or DeepSpeed.")
+        if args.fsdp and str(config.get("cpu_ram_efficient_loading", False)).lower() == "true":
             raise ValueError(
-                "PERPCallback trains whole parameters: use DDP, not FSDP or DeepSpeed; its sliver is small. To train all weights under "
-                "FSDP2 take KeepMasksCallback."
+                "PERPCallback under FSDP2 needs fsdp_config={'cpu_ram_efficient_loading': False}: otherwise the model is emptied "
+                "and loaded again after the adapters were put on it."
             )
         check_model(model)
         masks = state_of(model, "PERPCallback").masks

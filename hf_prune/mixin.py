@@ -22,6 +22,7 @@ from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import base_card, card_of, without_section, write_card
+from .perp import merged_state
 from .pruning import check_model, is_dequantized, prune_model, sequences_for
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
@@ -198,6 +199,8 @@ def install() -> None:
         state = _state_to_save(self, compact, kwargs.get("variant"))
         if args:  # by their names, which differ between versions
             kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
+        if kwargs.get("state_dict"):
+            kwargs["state_dict"] = merged_state(self, kwargs["state_dict"])
         if not state or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
         if os.path.exists(os.path.join(save_directory, ADAPTER)):

@@ -2,7 +2,8 @@
 
 An adapted linear keeps its name, its weight and its place; only its class changes, so checkpoints keep their keys. Its state
 dict holds the effective weight, so that whatever is saved meanwhile loads as a plain model, and the two factors beside it, from
-which training goes on. Masks are read as bits, never from zeros. Owns no loop: see `callbacks` and `reconstruction`.
+which training goes on. Under FSDP2 it is `merged_state` that makes the effective weights, of what was gathered. Masks are read as bits,
+never from zeros. Owns no loop: see `callbacks` and `reconstruction`.
 """
 
 from __future__ import annotations
@@ -106,8 +107,19 @@ class Adapted:
     """Put before `nn.Linear` or `Conv1D`: adds `perp_A` (r, in) and `perp_B` (out, r), float32, to the module in place."""
 
     def effective_weight(self) -> Tensor:
-        """The weight that this linear has now, in the shape and dtype of `weight`."""
-        return self.perp.weight(self.weight, self.perp_A, self.perp_B, self.perp_bits).to(self.weight.dtype)
+        """The weight that this linear has now, in the shape and dtype of `weight`; sharded by FSDP2 if that is."""
+        weight, a, b, bits = self.weight.detach(), self.perp_A.detach(), self.perp_B.detach(), self.perp_bits
+        if not hasattr(weight, "placements"):
+            return self.perp.weight(weight, a, b, bits).to(weight.dtype)
+        from torch.distributed.tensor import distribute_tensor
+
+        here, bits = in_this_process(weight, bits.cpu().numpy())
+        left, right = self.perp.product(a.full_tensor(), b.full_tensor())
+        left = distribute_tensor(left.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        a, b = (left.t(), right.t()) if self.perp.transposed else (right, left)
+        made = self.perp.weight(here, a, b, bits.to(here.device)).to(here.dtype)
+        how = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
+        return type(weight).from_local(made, weight.device_mesh, weight.placements, **how)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.perp.kind not in ("lora", "lora_prune", "head"):
@@ -133,6 +145,21 @@ class AdaptedEmbedding(nn.Embedding):
 
 
 _CLASSES = {nn.Linear: AdaptedLinear, Conv1D: AdaptedConv1D, nn.Embedding: AdaptedEmbedding}
+_OWN = ("perp_A", "perp_B", "perp_bits")
+
+
+def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`, gathered from what FSDP2 has sharded of `model`, with effective weights, which load as a plain model."""
+    merged = dict(state)
+    for prefix, module in model.named_modules():
+        (owner,) = module.__dict__.get("perp_head", (module,))
+        name = next((n for n, m in model.named_modules() if m is owner), prefix) if owner is not module else prefix
+        a, b = (state.get(f"{name}.{factor}") for factor in _OWN[:2])
+        if "perp" in owner.__dict__ and owner.perp.kind != "lora" and hasattr(owner.weight, "placements") and a is not None:
+            weight = state[f"{name}.weight"]
+            made = owner.perp.weight(weight, a.to(weight.device), b.to(weight.device), owner.perp_bits.to(weight.device))
+            merged[f"{prefix}.weight"] = made.to(weight.dtype)
+    return merged
 
 
 def _low_rank(x: Tensor, module: Adapted) -> Tensor:
@@ -152,7 +179,8 @@ class Attached:
         self.model, self.masks = model, masks
         self.adapted: dict[str, Adapted] = {}
         self.left_out: list[str] = []
-        self._before = [(p, p.requires_grad, p.dtype) for p in model.parameters()]
+        self._before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+        self._numel = sum(p.numel() for p in model.parameters())
         self._biases: list[nn.Module] = []
         self._embedding: nn.Module | None = None
         self._flags: dict[str, Any] = {}
@@ -164,7 +192,7 @@ class Attached:
     @property
     def share(self) -> float:
         """Trained numbers over the model's own."""
-        return sum(p.numel() for p in self.trainable.values()) / sum(p.numel() for p, _, _ in self._before)
+        return sum(p.numel() for p in self.trainable.values()) / self._numel
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -195,9 +223,10 @@ class Attached:
         self._end()
 
     def _end(self) -> None:
+        _release_from_fsdp(self.model)
         for module in [*self.adapted.values(), *filter(None, [self._embedding])]:
-            _swap(module, next(plain for plain, adapted in _CLASSES.items() if type(module) is adapted))
-            for name in ("perp_A", "perp_B", "perp_bits"):
+            _swap(module, _plain(type(module)))
+            for name in _OWN:
                 if hasattr(module, name):
                     delattr(module, name)
             for name in ("perp", "perp_head", "perp_shown"):
@@ -205,10 +234,12 @@ class Attached:
             for handle in module.__dict__.pop("perp_hooks", ()):
                 handle.remove()
         self.adapted, self._embedding = {}, None
-        for parameter, required, dtype in self._before:
+        for name, parameter in self.model.named_parameters():
+            required, dtype = self._before.get(name, (parameter.requires_grad, parameter.dtype))
             parameter.requires_grad_(required)
             parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
+            if not hasattr(parameter, "placements"):  # FSDP2 goes on training them in float32
+                parameter.data = parameter.data.to(dtype)
         for module in self._biases:
             module.bias.data = module.bias.data.to(module.weight.dtype)
         self._biases = []
@@ -363,6 +394,23 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
     return [module.perp_A, module.perp_B]
 
 
+def _release_from_fsdp(model: nn.Module) -> None:
+    """FSDP2 would put the factors on their modules again in the next forward pass."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group.fsdp_params = [p for p in group.fsdp_params if p._module_info.param_name not in _OWN]
+
+
+def _plain(cls: type) -> type:
+    """What a class of `_CLASSES` was made from; FSDP2 derives one of its own from that of each module that it shards alone."""
+    plain, adapted = next((plain, adapted) for plain, adapted in _CLASSES.items() if issubclass(cls, adapted))
+    if cls is adapted:
+        return plain
+    bases = tuple(plain if base is adapted else base for base in cls.__bases__)
+    return type(cls.__name__.replace(adapted.__name__, plain.__name__), bases, dict(vars(cls)))
+
+
 def _swap(module: nn.Module, cls: type) -> nn.Module:
     module.__class__ = cls
     if "_old_forward" in module.__dict__:  # accelerate moves the inputs of a dispatched model, then calls this
@@ -378,8 +426,11 @@ def _hook_state_dict(module: nn.Module) -> None:
 
 
 def _show_effective(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """What is saved is an ordinary weight, tied ones one and the same tensor; a "lora" is not merged, so not saved merged."""
-    if f"{prefix}weight" not in state:
+    """What is saved is an ordinary weight, tied ones one and the same tensor; a "lora" is not merged, so not saved merged.
+
+    Of weights that FSDP2 has sharded their own values are in the state, since torch loads by overwriting them: see `merged_state`.
+    """
+    if f"{prefix}weight" not in state or hasattr(module.weight, "placements"):
         return
     (owner,) = module.__dict__.get("perp_head", (module,))
     version = owner.perp_A._version, owner.perp_B._version
@@ -397,7 +448,7 @@ def _keep_own_weight(module: nn.Module, state: dict[str, Any], prefix: str, *res
         ValueError: the checkpoint is of another model, or has no factors.
     """
     weight, a, b = (state.get(prefix + name) for name in ("weight", "perp_A", "perp_B"))
-    if weight is None:
+    if weight is None or hasattr(module.weight, "placements"):  # it was not shown
         return
     state[f"{prefix}weight"] = module.weight.detach()
     if a is None and b is None:  # of sharded checkpoints they may come with another file

@@ -282,9 +282,10 @@ def test_errors(tmp_path):
 
 
 def test_sharded_parameters_are_refused():
-    args = types.SimpleNamespace(fsdp="full_shard", deepspeed=None)
-    with pytest.raises(ValueError, match="use DDP"):
-        PERPCallback().on_init_end(args, None, None, model=pruned())
+    for config, match in (({"version": 1}, "not FSDP1"), ({"cpu_ram_efficient_loading": "true"}, "emptied and loaded again")):
+        args = types.SimpleNamespace(fsdp=True, fsdp_config=config, deepspeed=None)
+        with pytest.raises(ValueError, match=match):
+            PERPCallback().on_init_end(args, None, None, model=pruned())
     model = pruned()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks its parameters
     with pytest.raises(ValueError, match="not under FSDP1 or ZeRO-3"):
@@ -352,6 +353,50 @@ assert not masks.violations(model) and model.pruning_masks.digest() == masks.dig
 assert all(torch.equal(p, found[name]) for name, p in model.named_parameters())
 """
     in_two_processes(tmp_path, code)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Trainer of 4.57 takes FSDP2 from accelerate's launcher alone")
+@pytest.mark.parametrize(
+    "family, kinds", [("llama", ("mask_lora", "norm")), ("gpt2", ("spp_lora", "head")), ("llama", ("full",))]
+)
+def test_perp_under_fsdp2(family, kinds, tmp_path):
+    """The same as in one process, merged rows by rows; training goes on from a checkpoint, and the model runs afterwards."""
+    layer = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block"}[family]
+    code = f"""{ON_CPUS}
+import hf_prune, test_perp
+config = {{"version": 2, "transformer_layer_cls_to_wrap": [{layer!r}]}}
+how = dict(fsdp=True, fsdp_config=config, save_strategy="steps", save_steps=3)
+for resume in (None, "run/checkpoint-3"):
+    model = test_perp.pruned({family!r})
+    masks, before = model.pruning_masks, test_perp.snapshot(model)
+    names = set(before)
+    trainer = test_perp.train(model, "run", test_perp.PERPCallback({kinds!r}), resume=resume, **how)
+    sharded = dict(trainer.model.named_parameters())
+    assert all(type(p).__name__ == "DTensor" for p in sharded.values())
+    assert not masks.violations(trainer.model)
+    trainer.evaluate(test_perp.DATA)
+    assert set(dict(trainer.model.named_parameters())) == set(sharded) and not any("perp" in name for name in trainer.model.state_dict())
+    found = {{name: p.full_tensor() for name, p in sharded.items()}}
+    for name in masks:
+        assert not found[name][~masks[name]].any() and not torch.equal(found[name], before[name])
+    if resume:
+        assert all(torch.allclose(p, found[name], atol=1e-6) for name, p in first.items())
+    first = found
+trainer.save_model("final")
+torch.save(found, f"found-{{torch.distributed.get_rank()}}.pt")
+torch.distributed.barrier()
+model = hf_prune.load("final")
+"""
+    in_two_processes(tmp_path, code)
+    found = torch.load(tmp_path / "found-0.pt")
+    for folder in ("run/checkpoint-6", "final"):  # before it was merged, and after
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert not plain.pruning_masks.violations(plain)
+        assert all(torch.allclose(p, found[name], atol=1e-7) for name, p in plain.named_parameters())
+    if family == "llama":  # the other one has dropout
+        alone = pruned(family)
+        train(alone, tmp_path / "alone", PERPCallback(kinds), per_device_train_batch_size=4)
+        assert all(torch.allclose(p, found[name], atol=1e-5) for name, p in alone.named_parameters())
 
 
 def test_tensor_parallelism_is_refused(tmp_path):
