@@ -44,7 +44,7 @@ def child(args) -> None:
     ids = load_file(args.ids)["calibration"].long()[: args.samples]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prune = ours if who == "hf_prune" else theirs
-    call = prune(model, method, pattern, ids, folder, args.bf16)
+    call = prune(model, method, pattern, ids, folder, args.bf16, args.batch)
     peak, before, done = [resident()], resident(), threading.Event()
 
     def watch():
@@ -64,7 +64,7 @@ def child(args) -> None:
     print(json.dumps({"seconds": seconds, "memory": peak[0] - before, "sparsity": zeros, "versions": versions}))
 
 
-def ours(model, method: str, pattern: str, ids, folder: str, bf16: bool):
+def ours(model, method: str, pattern: str, ids, folder: str, bf16: bool, batch: int):
     import hf_prune
 
     words = {"pattern": pattern} if ":" in pattern else {"sparsity": 0.5}
@@ -72,7 +72,7 @@ def ours(model, method: str, pattern: str, ids, folder: str, bf16: bool):
     return lambda: model.prune(config, ids, bf16=bf16)
 
 
-def theirs(model, method: str, pattern: str, ids, folder: str, bf16: bool):
+def theirs(model, method: str, pattern: str, ids, folder: str, bf16: bool, batch: int):
     from datasets import Dataset
     from llmcompressor import oneshot
 
@@ -86,7 +86,7 @@ def theirs(model, method: str, pattern: str, ids, folder: str, bf16: bool):
     recipe = modifier(sparsity=sparsity, mask_structure=structure, targets=["Linear"], ignore=["re:.*lm_head"])
     rows = {"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)}
     words = {"num_calibration_samples": len(ids), "max_seq_length": ids.shape[1], "shuffle_calibration_samples": False}
-    words["batch_size"] = 4  # as ours; 1 is their default
+    words["batch_size"] = batch
     return lambda: oneshot(model=model, tokenizer=folder, dataset=Dataset.from_dict(rows), recipe=recipe, **words)
 
 
@@ -101,6 +101,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--bf16", action="store_true", help="hf_prune's forward passes under autocast; llm-compressor has no such option"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=4, help="sequences a batch of llm-compressor, whose default is 1; ours has 4"
     )
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
@@ -139,6 +142,8 @@ def main():
                             args.threads,
                             "--samples",
                             args.samples,
+                            "--batch",
+                            args.batch,
                             *["--bf16"] * args.bf16,
                         ]
                         words += ["--child", who, method, pattern, folder, out]
