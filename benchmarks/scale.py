@@ -6,10 +6,10 @@
 Of a block: P weights in its linears, of which A are read for a token (of a mixture only its k experts), attention of width a; of a
 linear: out x in. T calibration tokens in sequences of L, hidden states of d channels, G processes with one device each. Bytes of a
 weight: b (bf16: 2). Rates of one device: F FLOP/s of products in the model's dtype, F32 in fp32, M bytes/s of its memory, D bytes/s
-of the disk of a node, N bytes/s between processes.
+of the disk of a node, N bytes/s between processes, S weights/s of scores, selection and packing.
 
     forward of a block    f = 2 A T + 4 T L a                          FLOP, T / G of it on each device
-    Wanda                 2 f / F                                      a dense pass for statistics, a pruned one
+    Wanda                 2 f / F + P / S                              a dense pass for statistics, a pruned one
     SparseGPT             f / F + (sum over inputs of T in^2 / F32)    one pass, upper triangles of Gram matrices
                           + (sum over inputs in^3 / 3 + sum over linears 2 out in^2) / F32     factor, solve
     GBLM                  Wanda + 4 f / F + 2 P' T / F32               forward, backward by recomputing (2 f and f); squares of tokens
@@ -23,7 +23,8 @@ A step's time is the larger of computing and reading, since the next block is re
 linears of one input at a time, so at most as many processes as there are linears on one input (3), or with propagate="block" all.
 
     memory                2 b P + 8 max(out in) + b T d / G x 2 + statistics (Gram: 2 x 4 max in^2, GBLM: 4 P) + outside
-                          two blocks, one linear in fp32 and its mask, hidden states before and after, and embeddings while they are read
+                          two blocks, one linear in fp32 and its mask, hidden states before and after, embeddings while they are read,
+                          and 0.3 GB of libraries and what the allocator keeps
 
 Leaves out: launch and Python time, load imbalance of experts, and that small products are slower than large ones.
 """
@@ -88,6 +89,7 @@ class Rates:
     flops32: float
     disk: float
     network: float
+    select: float
     node: int = 8  # devices that share a disk
 
 
@@ -111,14 +113,14 @@ def predicted(
         at_once = min(devices, s.experts or 2)
         walk = max(forward + (products + solved / at_once) / r.flops32, read)
     else:
-        walk = max(2 * forward, read)
+        walk = max(2 * forward + p / r.select / min(devices, s.experts or 3), read)
     seconds = trace + walk + network + written
     if method == "gblm":
         squares = 0 if s.experts else 2 * p * tokens / devices / r.flops32
         seconds += max(forward, read) + max(3 * forward + squares, read) + 3 * 4 * p / r.disk + 2 * hidden / r.disk
     largest = max(out * into for out, into, _ in s.linears())
     statistics = {"wanda": 0, "sparsegpt": 16 * max(into for into, *_ in s.inputs()) ** 2, "gblm": 4 * p}[method]
-    return seconds * s.blocks, 2 * b * p + 12 * largest + 2 * hidden / devices + statistics
+    return seconds * s.blocks, 2 * b * p + 12 * largest + 2 * hidden / devices + statistics + 3e8
 
 
 MODELS = [
@@ -132,7 +134,19 @@ def measured(threads: int) -> Rates:
     """Of this machine's CPU and disk."""
     import torch
 
+    from hf_prune.masks import pack
+    from hf_prune.patterns import lowest
+
     torch.set_num_threads(threads)
+
+    def selection() -> float:
+        weight, best = torch.randn(2048, 2048, dtype=torch.bfloat16), float("inf")
+        for _ in range(4):
+            started = time.perf_counter()
+            weight.mul_(mask := ~lowest(weight.float().abs(), 1024))
+            pack(mask.numpy())
+            best = min(best, time.perf_counter() - started)
+        return weight.numel() / best
 
     def rate(dtype: torch.dtype) -> float:
         a, b = torch.randn(512, 2048, dtype=torch.float32).to(dtype), torch.randn(2048, 2048).to(dtype)
@@ -149,14 +163,15 @@ def measured(threads: int) -> Rates:
         file.flush()
         os.fsync(file.fileno())
         disk = (1 << 28) / (time.perf_counter() - started)
-    return Rates(rate(torch.bfloat16), rate(torch.float32), disk, 1e10)
+    return Rates(rate(torch.bfloat16), rate(torch.float32), disk, 1e10, selection())
 
 
 def check(args) -> None:
     """Predicted and measured, for random models that `benchmarks/stream.py` makes and prunes."""
     rates = measured(args.threads)
     print(
-        f"measured: bf16 {rates.flops / 1e9:.0f} GFLOP/s, fp32 {rates.flops32 / 1e9:.0f} GFLOP/s, disk {rates.disk / 1e9:.2f} GB/s"
+        f"measured: bf16 {rates.flops / 1e9:.0f} GFLOP/s, fp32 {rates.flops32 / 1e9:.0f} GFLOP/s, disk {rates.disk / 1e9:.2f} GB/s, "
+        f"selection {rates.select / 1e6:.0f} M weights/s"
     )
     print(f"{'model':<28}{'method':<12}{'predicted s':>12}{'measured s':>12}{'predicted GB':>14}{'measured GB':>13}")
     samples, length = args.tokens // 128, 128
@@ -182,6 +197,7 @@ def main():
     parser.add_argument("--flops32", type=float, default=40e12, help="fp32")
     parser.add_argument("--disk", type=float, default=3e9, help="of a node")
     parser.add_argument("--network", type=float, default=50e9, help="between devices")
+    parser.add_argument("--select", type=float, default=5e9, help="weights/s that are chosen from, of one device")
     parser.add_argument("--tokens", type=int, default=None, help="default 128 x 2048, with --check 512")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--devices", type=int, nargs="*", default=[1, 8, 64])
@@ -192,7 +208,7 @@ def main():
     if args.check:
         check(args)
         return
-    rates = Rates(args.flops, args.flops32, args.disk, args.network)
+    rates = Rates(args.flops, args.flops32, args.disk, args.network, args.select)
     print(f"rates given, not measured: {dataclasses.asdict(rates)}; {args.tokens} tokens in sequences of {args.length}")
     print(f"{'model':<38}{'weights':>9}{'method':>11}" + "".join(f"{f'{n} GPUs: h':>13}{'GB':>7}" for n in args.devices))
     for shape in MODELS:
