@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .distillation import Distillation
 from .masks import zero_pruned_
 from .model_card import CARD, card_of, write_card
-from .perp import Attached, attach, masked_gradients
+from .perp import Attached, attach, check_kinds, masked_gradients
 from .pruning import check_model
 from .serialization import FOLDER, STATE, state_of
 
@@ -107,6 +107,10 @@ class PERPCallback(KeepMasksCallback):
             raise ValueError(
                 "PERPCallback under FSDP2 needs fsdp_config={'cpu_ram_efficient_loading': False}: otherwise the model is emptied "
                 "and loaded again after the adapters were put on it."
+            )
+        if args.fsdp and "lora" in check_kinds(self._how["train"], self._how["rank"]):
+            raise ValueError(
+                "train='lora' ends as an adapter of PEFT, which a sharded model takes no more: train PEFT's own LoRA, with KeepMasksCallback."
             )
         check_model(model)
         masks = state_of(model, "PERPCallback").masks

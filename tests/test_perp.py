@@ -286,6 +286,9 @@ def test_sharded_parameters_are_refused():
         args = types.SimpleNamespace(fsdp=True, fsdp_config=config, deepspeed=None)
         with pytest.raises(ValueError, match=match):
             PERPCallback().on_init_end(args, None, None, model=pruned())
+    with pytest.raises(ValueError, match="train PEFT's own LoRA"):
+        args = types.SimpleNamespace(fsdp=True, fsdp_config={}, deepspeed=None)
+        PERPCallback("lora").on_init_end(args, None, None, model=pruned())
     model = pruned()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks its parameters
     with pytest.raises(ValueError, match="not under FSDP1 or ZeRO-3"):
