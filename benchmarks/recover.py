@@ -26,6 +26,7 @@ from smollm2 import load
 from transformers import Trainer, TrainingArguments
 
 import hf_prune
+from hf_prune.pruning import count_peak
 
 
 PRUNED = ("magnitude,50%", "wanda,2:4", "sparsegpt,2:4")
@@ -59,21 +60,16 @@ def rows_of(args: argparse.Namespace, pruned: str, way: str) -> list[dict]:
         del model
     model, seconds, rows = hf_prune.load(folder, dtype=torch.float32), 0.0, []
 
-    def count_peak() -> None:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-
     def measure(way: str, share: float, **more) -> None:
         assert not model.pruning_masks.violations(model)
-        with open("/proc/self/status") as file:
-            peak = next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
+        highest = peak() / 2**30
         found = {
             name: hf_prune.perplexity(model, None, x).perplexity for name, x in (("held", held), ("ppl", ids["evaluation"]))
         }
-        rows.append({"way": way, "seconds": seconds, "peak": peak, "share": share, **found, **more})
-        count_peak()
+        rows.append({"way": way, "seconds": seconds, "peak": highest, "share": share, **found, **more})
+        count_peak(model)
 
-    count_peak()
+    peak = count_peak(model)
     if how.get("reconstruct"):
         started = time.perf_counter()
         options = {name: value for name, value in vars(args).items() if name in ("epochs", "batch_tokens") and value}

@@ -150,15 +150,14 @@ _OWN = ("perp_A", "perp_B", "perp_bits")
 
 def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """`state`, gathered from what FSDP2 has sharded of `model`, with effective weights, which load as a plain model."""
-    merged = dict(state)
-    for prefix, module in model.named_modules():
-        (owner,) = module.__dict__.get("perp_head", (module,))
-        name = next((n for n, m in model.named_modules() if m is owner), prefix) if owner is not module else prefix
-        a, b = (state.get(f"{name}.{factor}") for factor in _OWN[:2])
-        if "perp" in owner.__dict__ and owner.perp.kind != "lora" and hasattr(owner.weight, "placements") and a is not None:
-            weight = state[f"{name}.weight"]
-            made = owner.perp.weight(weight, a.to(weight.device), b.to(weight.device), owner.perp_bits.to(weight.device))
-            merged[f"{prefix}.weight"] = made.to(weight.dtype)
+    merged, names = dict(state), {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        adapted = "perp" in module.__dict__ and module.perp.kind != "lora" and f"{name}.perp_A" in state
+        if adapted and hasattr(module.weight, "placements"):
+            weight, a, b = (state[f"{name}.{part}"] for part in ("weight", "perp_A", "perp_B"))
+            made = module.perp.weight(weight, a, b, module.perp_bits.to(weight.device)).to(weight.dtype)
+            tied = [names[other] for other in names if module in other.__dict__.get("perp_head", ())]
+            merged.update({f"{shown}.weight": made for shown in (name, *tied)})
     return merged
 
 
