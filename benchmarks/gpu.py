@@ -84,11 +84,18 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}: products reach {rate / 1e12:.3g} TFLOP/s in bf16; {shape.total / 1e9:.2f}B weights, {ids.numel()} tokens")
     print(f"{'method':<12}{'pattern':<9}{'seconds':>9}{'of the rate':>13}{'peak GiB':>10}{'model GiB':>11}", flush=True)
+
+    def model_of(blocks: int) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config.num_hidden_layers = blocks
+        with device:
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+
     for method in args.methods:
         for pattern in args.patterns:
-            torch.manual_seed(0)
-            with device:
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+            small = hf_prune.PruningConfig(method, pattern=pattern, n_samples=2, sequence_length=args.length)
+            model_of(1).prune(small, ids[:2])  # the first of a process compiles and loads kernels
+            model = model_of(args.blocks)
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             settings = hf_prune.PruningConfig(method, pattern=pattern, n_samples=args.samples, sequence_length=args.length)
             gradients = (getattr(settings.method, "gradient_samples", None) or args.samples) * args.length

@@ -1,7 +1,7 @@
 """2:4 on a GPU: each form of a linear by shape and number of rows, then decoding and prefill of a whole 7B-shaped model.
 
-Milliseconds are medians with a cold L2 cache, as in decoding, where every weight is read once a token; the bandwidth of our kernel is
-that of all bytes it must move, against a copy of 1 GiB on the same device. Weights are random, bfloat16, 2:4.
+Milliseconds are medians of replayed CUDA graphs with a cold L2 cache, as in decoding, where every weight is read once a token; the bandwidth
+of our kernel is that of all bytes it must move, against a copy of 1 GiB on the same device. Weights are random, bfloat16, 2:4.
 
 python benchmarks/sparse24.py [--models SmolLM2-135M Llama-3-8B Llama-3-70B] [--layers 32] [--skip-model]
 """
@@ -38,11 +38,9 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
 
 def bandwidth() -> float:
     """Bytes a second of a copy of 1 GiB, read and written."""
-    from hf_prune.runtimes.semi_structured import milliseconds
-
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * 2**30 / milliseconds(lambda: target.copy_(source)) * 1e3
+    return 2 * 2**30 / milliseconds_of(lambda: target.copy_(source)) * 1e3
 
 
 def linears(models: list[str]) -> None:

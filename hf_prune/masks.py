@@ -46,7 +46,7 @@ class Masks(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, mask: Tensor) -> None:
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask of {name} must be bool with True = kept, got {mask.dtype}.")
-        self._packed[name] = pack(mask.detach().cpu().contiguous().numpy()), tuple(mask.shape)
+        self._packed[name] = _pack_anywhere(mask.detach()), tuple(mask.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         packed, shape = self._packed[name]
@@ -245,6 +245,14 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
 def pack(bits: numpy.ndarray) -> numpy.ndarray:
     """uint8 (..., ceil(in / 8)) of bool (..., in), the first in the lowest bit."""
     return numpy.packbits(bits, axis=-1, bitorder="little")
+
+
+def _pack_anywhere(mask: Tensor) -> numpy.ndarray:
+    """`pack` of a bool tensor where it is: an eighth of it leaves a GPU."""
+    if mask.device.type == "cpu":
+        return pack(mask.contiguous().numpy())
+    bits = nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8).cpu().numpy()
 
 
 def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:

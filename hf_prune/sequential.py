@@ -369,7 +369,8 @@ class _BlockWork:
     def _remember(self, linear: Linear, mask: Tensor) -> None:
         name = linear.parameter_name
         if name not in self.masks:  # of fused experts one after the other
-            self.masks[name] = self.plan.kept.get(name, torch.ones(linear.parameter.shape, dtype=torch.bool))
+            known = self.plan.kept.get(name, torch.ones((), dtype=torch.bool).expand(linear.parameter.shape))
+            self.masks[name] = torch.empty(known.shape, dtype=torch.bool, device=mask.device).copy_(known)
         linear.matrix(self.masks[name]).copy_(mask)
 
     def _linear_report(self, linear: Linear, result, error: float | None, note: str) -> LinearReport:

@@ -32,6 +32,15 @@ def _onednn() -> Iterator[None]:
         precision.fp32_precision = before
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
+    """Adds `alpha` * `left` @ `right` to `total`, fp32. On a GPU tensor cores multiply factors of 16 bits, and add in fp32."""
+    in_place = getattr(torch.ops.aten.addmm, "dtype_out", None)  # torch >= 2.8
+    if in_place and left.is_cuda and left.element_size() == 2:
+        in_place(total, left, right, torch.float32, alpha=alpha, out=total)
+    else:
+        total.addmm_(left.float(), right.float(), alpha=alpha)
+
+
 class ActivationNorm:
     """Per input channel, the l2 norm of the activations over all calibration tokens: `norm` (in,), fp32.
 
@@ -73,14 +82,13 @@ class Hessian:
 
     def update(self, x: Tensor) -> None:
         """Adds `x` (tokens, in), any float dtype."""
-        x = x.float()
-        n = x.shape[1]
+        n, on_cpu = x.shape[1], x.device.type == "cpu"
+        x = x.float() if on_cpu else x
         # Block rows of the upper triangle only: little more than half the products of x^T x.
-        on_cpu = x.device.type == "cpu"
-        step = 96 if on_cpu else n
+        step = 96 if on_cpu else max(1024, -(-n // 4))
         with _onednn() if on_cpu else contextlib.nullcontext():
             for i in range(0, n, step):
-                self.gram[i : i + step, i:].addmm_(x[:, i : i + step].t(), x[:, i:])
+                _add_product(self.gram[i : i + step, i:], x[:, i : i + step].t(), x[:, i:])
 
     def is_finite(self) -> bool:
         return bool(self.gram.diagonal().isfinite().all())
@@ -144,9 +152,11 @@ class GradientNorm:
 
     def update_tokens(self, gradient: Tensor, x: Tensor, scale: float = 1.0) -> None:
         """Adds every token's gradient, the outer products of `gradient` (..., out) times `scale` with `x` (..., in)."""
-        left, right = gradient.flatten(0, -2).float(), x.flatten(0, -2).float()
+        left, right = gradient.flatten(0, -2), x.flatten(0, -2)
+        if not (left.is_cuda and left.dtype == right.dtype == torch.bfloat16):
+            left, right = left.float(), right.float()  # on a GPU a square may lose up to 2^-9, to either side: it averages out
         left, right = (left.abs(), right.abs()) if self.order == 1 else (left.square(), right.square())
-        self.sum.addmm_(left.t(), right, alpha=scale**self.order)
+        _add_product(self.sum, left.t(), right, scale**self.order)
 
     @property
     def value(self) -> Tensor:

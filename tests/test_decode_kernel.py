@@ -29,34 +29,28 @@ if not INTERPRETED:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile
 
-        from hf_prune.runtimes.decode_kernel import Schedule, _sparse24_linear
+        from hf_prune.runtimes.decode_kernel import Schedule, _few_rows, _many_rows
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        schedule = Schedule(8, 64, 1, 0, 4) if rows == 1 else Schedule(16, 16, 1, 1, 1)
+        schedule = Schedule(8, 64, 1, 1, 4) if rows == 1 else Schedule(16, 32, 1, 16, 2)
         constants = {
-            "WORDS": 128, "SPLIT": 128, "DTYPE": tl.bfloat16, "OPERAND": tl.bfloat16, "BLOCK_OUT": schedule.block_out,
-            "BLOCK_WORDS": schedule.block_words, "TENSOR_CORES": bool(schedule.tensor_cores), "ROWS": 16,
+            "words": 128, "split": 128, "DTYPE": tl.bfloat16, "OPERAND": tl.bfloat16, "BLOCK_OUT": schedule.block_out,
+            "BLOCK_WORDS": schedule.block_words, "ROWS": schedule.rows,
         }  # fmt: skip
-        types = {
-            "x": "*i64",
-            "values": "*i32",
-            "codes": "*i32",
-            "y": "*bf16",
-            "rows": "i32",
-            "out_features": "i32",
-            "groups": "i32",
-        }
+        types = {"x": "*i64" if rows == 1 else "*bf16", "values": "*i32", "codes": "*i32", "y": "*bf16"}
+        types |= dict.fromkeys(("rows", "out_features", "groups"), "i32")
         names = [*types, *constants]
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "rows"}
         source = ASTSource(
-            _sparse24_linear,
+            _few_rows if rows == 1 else _many_rows,
             signature={**types, **dict.fromkeys(constants, "constexpr")},
             constexprs={(names.index(name),): value for name, value in constants.items()},
             attrs=aligned,
         )
         options = {"num_warps": schedule.warps, "num_stages": 1}
         text = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
-        assert text.count("ld.global.v4.b32") >= 9  # the eight lanes' values and their codes, 16 bytes a thread
+        # The values of a lane (of all eight, for few rows) and their codes, 16 bytes a thread.
+        assert text.count("ld.global.v4.b32") >= (9 if rows == 1 else 2)
         assert ".local" not in text and ("mma.sync" in text) == (rows > 1)
 
 else:
@@ -66,7 +60,9 @@ else:
 
     DTYPES = [torch.float16, torch.bfloat16]
     SHAPES = [(33, 70), (7, 30), (16, 256), (20, 530)]  # no multiples; groups cut off; more than one block of words
-    TILES = {(0, 1): Schedule(64, 16, 1, 0), (1, 1): Schedule(64, 16, 1, 1), (1, 2): Schedule(32, 16, 2, 1)}
+    TILES = {
+        (rows, splits): Schedule(64, 16, splits, rows) for rows, splits in ((1, 1), (2, 1), (4, 1), (4, 3), (16, 1), (16, 3))
+    }
 
     def integers(out_features, in_features, dtype, seed=0):
         """A 2:4 matrix of small integers, some groups with fewer than two: every sum is exact."""
@@ -92,10 +88,10 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rows", range(1, 17))
     def test_exact(rows, dtype):
-        tensor_cores = int(rows > 2)
+        how = TILES[1 if rows == 1 else 2 if rows <= 3 else 4 if rows <= 6 else 16, 1]
         shape = SHAPES[(rows + DTYPES.index(dtype)) % len(SHAPES)]
         weight, x = integers(*shape, dtype, rows), integers(rows, shape[1], dtype, 1)
-        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        y = sparse24_linear(x, *pack(weight), list(how))
         assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t()).to(dtype))
 
     @pytest.mark.parametrize("schedule", TILES.values())
@@ -110,16 +106,16 @@ else:
             tolerance = 258 * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()
             assert ((y - exact).abs() <= tolerance * 1.001).all()
 
-    @pytest.mark.parametrize("tensor_cores, rows", [(0, 3), (1, 20)])
-    def test_views_and_more_rows_than_a_tile(tensor_cores, rows):
+    @pytest.mark.parametrize("tile, rows", [(1, 3), (4, 6), (16, 20)])
+    def test_views_and_more_rows_than_a_tile(tile, rows):
         """A view whose rows lie apart and do not begin at multiples of eight bytes."""
         weight, x = integers(9, 36, torch.bfloat16), integers(rows, 40, torch.bfloat16, 1)[:, 1:37]
-        y = sparse24_linear(x, *pack(weight), list(TILES[tensor_cores, 1]))
+        y = sparse24_linear(x, *pack(weight), list(TILES[tile, 1]))
         assert torch.equal(y.float(), x.float() @ weight.float().t())
 
     def test_the_operator():
         weight, x = integers(9, 30, torch.float16), integers(2, 30, torch.float16, 1).requires_grad_()
-        arguments = (x, *pack(weight), list(TILES[1, 1]))
+        arguments = (x, *pack(weight), list(TILES[16, 1]))
         torch.library.opcheck(
             sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
@@ -234,7 +230,7 @@ else:
 
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[1, 1]])))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
         monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.5 if "decode" in str(run.func) else 1.0)
         for in_features, fits in ((32, True), (30, False)):
             problems = advising._problems(16, in_features, torch.bfloat16)
@@ -292,11 +288,11 @@ else:
         """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""
         infinity = float("inf")
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[1, 1]])))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
         monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.6 if "decode" in str(run.func) else 1.0)
         plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
-        assert [rows for rows, _ in plan.schedules] == [1, 2, 16]
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16]
         monkeypatch.undo()
 
         spent = {

@@ -1,5 +1,7 @@
 """Wrong input gives a clear error before any weight is touched, and an interrupted run leaves the weights as they were."""
 
+import errno
+import io
 import json
 
 import pytest
@@ -351,3 +353,19 @@ class TestCalibration:
     def test_fewer_ids_than_asked_is_said(self, llama, caplog):
         report = llama.prune(config(n_samples=50), ids_for())
         assert report.sequences == 6
+
+
+def test_undo_when_the_disk_fills_up(llama, monkeypatch):
+    """What the file did not take is kept in memory, and the run ends with the disk's error."""
+
+    class Small(io.BytesIO):
+        def write(self, data):
+            if self.tell() + len(data) > 20_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:1000])  # in parts, as a file may
+
+    before = snapshot(llama)
+    monkeypatch.setattr("hf_prune.undo.tempfile.TemporaryFile", lambda **kwargs: Small())
+    with pytest.raises(OSError, match="No space left"):
+        llama.prune(config(), ids_for())
+    assert same(llama, before) and llama.pruning_masks is None

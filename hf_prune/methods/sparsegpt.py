@@ -9,8 +9,11 @@ contiguous. An input that is always zero needs no special case: damping gives it
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -68,6 +71,7 @@ class SparseGPT(Method):
         span = choice.columns or _TILE  # columns that take one another's changes as they come ...
         tile = -(-_TILE // span) * span  # ... which later spans of a tile do in one product, and later tiles in another
         step = min(n, self.block_size if choice.columns == 0 else -(-self.block_size // span) * span)
+        kernel = _slab_kernel(w.device, step)
         error = torch.empty_like(w)  # original minus new weight, of the columns that are done
         slab, change, gone = (torch.empty(step, rows, device=w.device) for _ in range(3))
         decay = torch.zeros(step, step, device=w.device)  # [j, i]: what column j takes over of a change of column i
@@ -87,25 +91,50 @@ class SparseGPT(Method):
             if a:
                 slab[:size].addmm_(decay[:size, :size], feedback[:a, a:b].t() @ error[:a])
             choice.at_slab(a, slab[:size], curvature, gone[:size])
-            change.zero_()  # of the compensated weights; those still to come count for nothing
-            for j in range(0, size, span):
-                if choice.columns:
-                    part, taken, before = across[j // span]
-                    if j % tile:
-                        part.addmm_(taken, before, alpha=-1)
-                    choice.at_span(a + j, part, curvature, gone[j : j + span])
-                end = min(j + span, size)
-                for i in range(j, end):
-                    if i > j:
-                        columns[i].addmv_(*within[i], alpha=-1)
-                    torch.mul(columns[i], is_gone[i], out=changes[i])
-                if end % tile == 0 and end < size:
-                    slab[end:size].addmm_(decay[end:size, end - tile : end], change[end - tile : end], alpha=-1)
-            new = slab[:size].sub_(change[:size])  # kept weights stay as they are, the others are exactly zero
-            torch.sub(w[a:b], new, out=error[a:b])
-            w[a:b] = new
+            if kernel:
+                dropped = None if choice.dropped is None else choice.dropped[a:b]
+                nm = (choice.pattern.n, choice.pattern.m) if choice.columns else (0, 0)
+                kernel.solve_slab(slab[:size], decay, gone[:size], curvature[a:b], dropped, nm)
+            else:
+                change.zero_()  # of the compensated weights; those still to come count for nothing
+                for j in range(0, size, span):
+                    if choice.columns:
+                        part, taken, before = across[j // span]
+                        if j % tile:
+                            part.addmm_(taken, before, alpha=-1)
+                        choice.at_span(a + j, part, curvature, gone[j : j + span])
+                    end = min(j + span, size)
+                    for i in range(j, end):
+                        if i > j:
+                            columns[i].addmv_(*within[i], alpha=-1)
+                        torch.mul(columns[i], is_gone[i], out=changes[i])
+                    if end % tile == 0 and end < size:
+                        slab[end:size].addmm_(decay[end:size, end - tile : end], change[end - tile : end], alpha=-1)
+                slab[:size].sub_(change[:size])  # kept weights stay as they are, the others are exactly zero
+            torch.sub(w[a:b], slab[:size], out=error[a:b])
+            w[a:b] = slab[:size]
             if choice.columns:
                 choice.gone[a:b] = gone[:size]
+
+
+def _slab_kernel(device: torch.device, columns: int) -> ModuleType | None:
+    """What solves a slab of so many columns in one launch, on a GPU."""
+    kernel = _kernel_on(device) if device.type == "cuda" else None
+    return kernel if kernel and columns <= kernel.MOST_COLUMNS else None
+
+
+@functools.cache
+def _kernel_on(device: torch.device) -> ModuleType | None:
+    """The kernel, if it runs there; imported late, for Triton takes its time."""
+    try:
+        from . import slab_kernel
+
+        slab_kernel.solve_slab(*(torch.zeros(shape, device=device) for shape in ((4, 1), (4, 4), (4, 1), (4,))), nm=(2, 4))
+        return slab_kernel
+    except Exception as error:  # no Triton, no C compiler for its launchers, an old GPU, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"the kernel of SparseGPT does not run on {device}, which makes it slower: {reason}", stacklevel=2)
+        return None
 
 
 class _Choice:

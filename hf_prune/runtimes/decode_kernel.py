@@ -14,9 +14,9 @@ That is 2.25 bytes for each kept weight, 1.125 a weight, 0.5625 of dense. A grou
 
 **Why so.** No index is ever used as an address. A thread holds one int32 of codes and walks its eight lanes; for each it reads one int32
 of values and eight bytes of x (the whole group), and selects in registers. All reads are contiguous along `in`, 16 bytes a thread.
-One row multiplies the selected x; more rows build the four columns of each group (their zeros too) and give them to the tensor cores as
-four products, the operand of the p-th being every fourth x: nothing is interleaved. Sums are fp32. Narrow matrices split `in`
-over programs, each of which writes its own sums, so the result does not depend on their order.
+One to four rows are multiplied with the weights by pairs, each by the x that its code selects. More rows build the dense tile of a lane
+(its zeros too) and give it to the tensor cores with the same columns of x. Sums are fp32. Narrow matrices split `in` over programs,
+each of which writes its own sums, so the result does not depend on their order.
 """
 
 from __future__ import annotations
@@ -42,17 +42,22 @@ class Schedule(NamedTuple):
     block_out: int = 16
     block_words: int = 16
     splits: int = 1  # programs that share the words of a row
-    tensor_cores: int = 1  # 16 rows at once; otherwise a program a row
+    rows: int = 1  # of x that a program takes: 1, 2 or 4; or 16, by the tensor cores
     warps: int = 4
+    stages: int = 1  # of loads in flight, for the tensor cores
 
     @classmethod
     def candidates(cls, rows: int) -> Iterator[Schedule]:
-        """Those worth timing on a GPU for so many rows."""
-        # Tiles whose x needs no exchange between threads: a row of W a warp, or threads that hold like columns of several rows.
-        for block_out, block_words, warps in ((1, 128, 1), (8, 32, 2), (16, 32, 4), (16, 64, 4)) if rows <= 2 else ():
-            yield from (cls(block_out, block_words, splits, 0, warps) for splits in (1, 4))
-        for block_out, block_words, warps in ((16, 16, 1), (16, 32, 2), (64, 32, 4)):
-            yield from (cls(block_out, block_words, splits, 1, warps) for splits in (1, 4))
+        """Those worth timing for so many rows: the fastest that an H100 showed for matrices of 4096 to 14336."""
+        if rows == 1:  # few rows of W in many warps for a long `in`; several for a short one
+            for block_out, block_words, warps in ((1, 128, 1), (2, 128, 2), (4, 128, 4), (8, 64, 4), (2, 256, 4), (1, 512, 4)):
+                yield cls(block_out, block_words, 1, 1, warps)
+        elif rows <= 4:
+            yield cls(8, 64, 1, rows, 4)
+        if rows > 2:
+            yield cls(16, 32, 4, MAX_ROWS, 2, 3)
+            yield cls(32, 32, 4, MAX_ROWS, 4, 3)
+            yield cls(16, 32, 1, MAX_ROWS, 2, 3)
 
 
 def is_semi_structured(weight: Tensor) -> bool:
@@ -120,30 +125,34 @@ def _groups(weight: Tensor) -> Tensor:
     return functional.pad(weight.detach(), (0, -weight.shape[1] % 4)).contiguous().unflatten(1, (-1, 4))
 
 
-@torch.library.custom_op("hf_prune::sparse24_linear", mutates_args=())
-def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
-    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W; `schedule` is a `Schedule`."""
+def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
+    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W. `sparse24_linear` is this for the compiler and for autograd."""
     if x.dtype != values.dtype:
         raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
-    how = Schedule(*schedule)
     (rows, in_features), (out_features, words) = x.shape, codes.shape
     if not rows:
         return x.new_empty(0, out_features)
-    x = functional.pad(x, (0, -in_features % 4)).contiguous()
+    x = (functional.pad(x, (0, -in_features % 4)) if in_features % 4 else x).contiguous()
     x = x if x.data_ptr() % 8 == 0 else x.clone()  # the kernel reads groups of eight bytes
-    pairs = values.view(torch.int32)
     # On the CPU it is the interpreter that runs: its dot takes bfloat16 for integers, and its rounding to it is not quite right.
     operand = DTYPES[x.dtype] if x.is_cuda else tl.float32
     y = x.new_empty(how.splits, rows, out_features, dtype=x.dtype if x.is_cuda and how.splits == 1 else torch.float32)
-    grid = (triton.cdiv(out_features, how.block_out), how.splits, triton.cdiv(rows, MAX_ROWS) if how.tensor_cores else rows)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        _sparse24_linear[grid](
-            x.view(torch.int64), pairs, codes, y, rows, out_features, pairs.shape[1],
-            WORDS=words, SPLIT=triton.cdiv(words, how.splits), DTYPE=DTYPES[x.dtype], OPERAND=operand, BLOCK_OUT=how.block_out,
-            BLOCK_WORDS=how.block_words, TENSOR_CORES=bool(how.tensor_cores), ROWS=MAX_ROWS, num_warps=how.warps,
-            num_stages=1,  # the eight lanes are loads enough in flight; stages would take 100 KiB of shared memory
+    grid = (triton.cdiv(out_features, how.block_out), how.splits, triton.cdiv(rows, how.rows))
+    kernel, x = (_many_rows, x) if how.rows == MAX_ROWS else (_few_rows, x.view(torch.int64))
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+        kernel[grid](
+            x, values.view(torch.int32), codes, y, rows, out_features, values.shape[1] // 2, words, triton.cdiv(words, 4 * how.splits) * 4,
+            DTYPE=DTYPES[values.dtype], OPERAND=operand, BLOCK_OUT=how.block_out, BLOCK_WORDS=how.block_words, ROWS=how.rows,
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
-    return (y[0] if how.splits == 1 else y.sum(0)).to(x.dtype)
+    return (y[0] if how.splits == 1 else y.sum(0)).to(values.dtype)
+
+
+@torch.library.custom_op("hf_prune::sparse24_linear", mutates_args=())
+def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
+    """`linear` as an operator of torch; `schedule` is a `Schedule`."""
+    return linear(x, values, codes, Schedule(*schedule))
 
 
 @sparse24_linear.register_fake
@@ -171,55 +180,101 @@ def _half(bits, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _sparse24_linear(
-    x, values, codes, y, rows, out_features, groups,
-    WORDS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr, TENSOR_CORES: tl.constexpr, ROWS: tl.constexpr,
+def _of_lane(values, code, lane, outs, word, inside_out, inside_word, out_stride, words, DTYPE: tl.constexpr):
+    """What a tile of one lane of words says: the groups and which of them there are, their two weights, and the bits of their places."""
+    group = lane * words + word
+    inside = inside_word & (group < out_stride)
+    pair = tl.load(values + outs[:, None] * out_stride + group[None, :], mask=inside_out & inside[None, :], other=0)
+    bits = code >> 4 * lane
+    # The first weight's place is 0, 1 or 2, the second's 1, 2 or 3: each test says that it is not the lowest.
+    one, two, then_two, then_three = (bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0
+    return group, inside, _half(pair, 0, DTYPE), _half(pair, 16, DTYPE), one, two, then_two, then_three
+
+
+@triton.jit
+def _dot(quad, first, second, one, two, then_two, then_three, DTYPE: tl.constexpr):
+    """The products of the two weights of each group (out, words) with those of its four x, `quad` int64 (words,), that they belong to."""
+    x0, x1 = _half(quad, 0, DTYPE)[None, :], _half(quad, 16, DTYPE)[None, :]
+    x2, x3 = _half(quad, 32, DTYPE)[None, :], _half(quad, 48, DTYPE)[None, :]
+    left = first.to(tl.float32) * tl.where(two, x2, tl.where(one, x1, x0)).to(tl.float32)
+    return left + second.to(tl.float32) * tl.where(then_three, x3, tl.where(then_two, x2, x1)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _few_rows(
+    x, values, codes, y, rows, out_features, groups, words: tl.constexpr, split: tl.constexpr,
+    DTYPE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x as int64 (rows, groups), values as int32 (out, groups), codes (out, WORDS) -> y (splits, rows, out)."""
+    """Rows of x as int64 (rows, groups), values as int32 (out, groups), codes (out, words) -> y (splits, rows, out).
+
+    Compiled for each `words`: a loop whose length is known is worth a tenth of the time.
+    """
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inside_out = outs[:, None] < out_features
-    begin = tl.program_id(1) * SPLIT
-    if TENSOR_CORES:
-        row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-        total = tl.zeros((BLOCK_OUT, ROWS), tl.float32)
-    else:
-        row = tl.program_id(2)
-        total = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
-    for start in range(begin, begin + SPLIT, BLOCK_WORDS):
+    begin, row = tl.program_id(1) * split, tl.program_id(2) * ROWS
+    x += row * groups
+    last = rows - 1 - row  # rows past it are read as this one, and not written
+    a = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
+    b, c, d = a, a, a
+    for start in range(begin, begin + split, BLOCK_WORDS):
         word = start + tl.arange(0, BLOCK_WORDS)
-        inside_word = (word < begin + SPLIT) & (word < WORDS)
-        code = tl.load(codes + outs[:, None] * WORDS + word[None, :], mask=inside_out & inside_word[None, :], other=0)
+        inside_word = (word < begin + split) & (word < words)
+        code = tl.load(codes + outs[:, None] * words + word[None, :], mask=inside_out & inside_word[None, :], other=0)
         for lane in tl.static_range(8):
-            group = lane * WORDS + word
-            inside = inside_word & (group < groups)
-            pair = tl.load(values + outs[:, None] * groups + group[None, :], mask=inside_out & inside[None, :], other=0)
-            first, second = _half(pair, 0, DTYPE), _half(pair, 16, DTYPE)
-            bits = code >> 4 * lane
-            one, two = (bits & 1) != 0, (bits & 2) != 0  # the first weight's place, else 0
-            then_two, then_three = (bits & 4) != 0, (bits & 8) != 0  # the second's, else 1
-            if TENSOR_CORES:
-                quad = tl.load(
-                    x + row[None, :] * groups + group[:, None], mask=inside[:, None] & (row[None, :] < rows), other=0
-                )
-                none = tl.zeros_like(first)
-                w0 = tl.where(one | two, none, first)
-                w1 = tl.where(one, first, tl.where(then_two | then_three, none, second))
-                w2 = tl.where(two, first, tl.where(then_two, second, none))
-                w3 = tl.where(then_three, second, none)
-                total = tl.dot(w0.to(OPERAND), _half(quad, 0, DTYPE).to(OPERAND), total)
-                total = tl.dot(w1.to(OPERAND), _half(quad, 16, DTYPE).to(OPERAND), total)
-                total = tl.dot(w2.to(OPERAND), _half(quad, 32, DTYPE).to(OPERAND), total)
-                total = tl.dot(w3.to(OPERAND), _half(quad, 48, DTYPE).to(OPERAND), total)
-            else:
-                quad = tl.load(x + row * groups + group, mask=inside, other=0)
-                x0, x1 = _half(quad, 0, DTYPE)[None, :], _half(quad, 16, DTYPE)[None, :]
-                x2, x3 = _half(quad, 32, DTYPE)[None, :], _half(quad, 48, DTYPE)[None, :]
-                total += first.to(tl.float32) * tl.where(two, x2, tl.where(one, x1, x0)).to(tl.float32)
-                total += second.to(tl.float32) * tl.where(then_three, x3, tl.where(then_two, x2, x1)).to(tl.float32)
+            group, inside, first, second, one, two, then_two, then_three = _of_lane(
+                values, code, lane, outs, word, inside_out, inside_word, groups, words, DTYPE
+            )
+            quad = tl.load(x + group, mask=inside, other=0)
+            a += _dot(quad, first, second, one, two, then_two, then_three, DTYPE)
+            if ROWS > 1:
+                quad = tl.load(x + tl.minimum(1, last) * groups + group, mask=inside, other=0)
+                b += _dot(quad, first, second, one, two, then_two, then_three, DTYPE)
+            if ROWS > 2:
+                quad = tl.load(x + tl.minimum(2, last) * groups + group, mask=inside, other=0)
+                c += _dot(quad, first, second, one, two, then_two, then_three, DTYPE)
+                quad = tl.load(x + tl.minimum(3, last) * groups + group, mask=inside, other=0)
+                d += _dot(quad, first, second, one, two, then_two, then_three, DTYPE)
+    y += (tl.program_id(1) * rows + row) * out_features + outs
+    left = tl.where(outs < out_features, last, -1)
+    tl.store(y, tl.sum(a, 1).to(y.dtype.element_ty), mask=left >= 0)
+    if ROWS > 1:
+        tl.store(y + out_features, tl.sum(b, 1).to(y.dtype.element_ty), mask=left >= 1)
+    if ROWS > 2:
+        tl.store(y + 2 * out_features, tl.sum(c, 1).to(y.dtype.element_ty), mask=left >= 2)
+        tl.store(y + 3 * out_features, tl.sum(d, 1).to(y.dtype.element_ty), mask=left >= 3)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _many_rows(
+    x, values, codes, y, rows, out_features, groups, words: tl.constexpr, split: tl.constexpr,
+    DTYPE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The same of x (rows, 4 * groups) by the tensor cores."""
+    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inside_out = outs[:, None] < out_features
+    begin = tl.program_id(1) * split
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK_OUT), tl.float32)
+    for start in range(begin, begin + split, BLOCK_WORDS):
+        word = start + tl.arange(0, BLOCK_WORDS)
+        inside_word = (word < begin + split) & (word < words)
+        code = tl.load(codes + outs[:, None] * words + word[None, :], mask=inside_out & inside_word[None, :], other=0)
+        column = 4 * start + tl.arange(0, 4 * BLOCK_WORDS)
+        inside_column = (column < 4 * (begin + split)) & (column < 4 * words)
+        for lane in range(8):
+            group, inside, first, second, one, two, then_two, then_three = _of_lane(
+                values, code, lane, outs, word, inside_out, inside_word, groups, words, DTYPE
+            )
+            none = tl.zeros_like(first)
+            w0 = tl.where(one | two, none, first)
+            w1 = tl.where(one, first, tl.where(then_two | then_three, none, second))
+            w2 = tl.where(two, first, tl.where(then_two, second, none))
+            w3 = tl.where(then_three, second, none)
+            w = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape((BLOCK_OUT, 4 * BLOCK_WORDS))
+            place = column + 4 * lane * words
+            inside_x = (row[:, None] < rows) & (inside_column & (place < 4 * groups))[None, :]
+            quads = tl.load(x + row[:, None] * (4 * groups) + place[None, :], mask=inside_x, other=0.0)
+            total = tl.dot(quads.to(OPERAND), tl.trans(w).to(OPERAND), total)
     y += tl.program_id(1) * rows * out_features
-    if TENSOR_CORES:
-        place, inside_rows = y + row[None, :] * out_features + outs[:, None], row[None, :] < rows
-        tl.store(place, total.to(y.dtype.element_ty), mask=inside_out & inside_rows)
-    else:
-        tl.store(y + row * out_features + outs, tl.sum(total, 1).to(y.dtype.element_ty), mask=outs < out_features)
+    inside_y = (row[:, None] < rows) & (outs[None, :] < out_features)
+    tl.store(y + row[:, None] * out_features + outs[None, :], total.to(y.dtype.element_ty), mask=inside_y)
