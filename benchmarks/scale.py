@@ -1,18 +1,20 @@
 """Predicted time and peak memory of pruning models that do not fit here, from rates that were measured, and how it is checked.
 
     python benchmarks/scale.py                      # the table, for rates that are given (--flops, --disk, ... are of one GPU)
+    python benchmarks/scale.py --disk inf           # the same without reading and writing, as of a model in memory (benchmarks/gpu.py)
     python benchmarks/scale.py --check              # measures rates on this machine, predicts small models, prunes them, compares
 
 Of a block: P weights in its linears, of which A are read for a token (of a mixture only its k experts), attention of width a; of a
 linear: out x in. T calibration tokens in sequences of L, hidden states of d channels, G processes with one device each. Bytes of a
-weight: b (bf16: 2). Rates of one device: F FLOP/s of products in the model's dtype, F32 in fp32, M bytes/s of its memory, D bytes/s
-of the disk of a node, N bytes/s between processes, S weights/s of scores, selection and packing.
+weight: b (bf16: 2). Rates of one device: F FLOP/s of forward passes in the model's dtype, F32 of products in fp32, Fs of the products of
+statistics (on a GPU F, tensor cores multiply them; on a CPU F32), D bytes/s of the disk of a node, N bytes/s between processes, S weights/s
+of scores, selection and packing.
 
     forward of a block    f = 2 A T + 4 T L a                          FLOP, T / G of it on each device
     Wanda                 2 f / F + P / S                              a dense pass for statistics, a pruned one
-    SparseGPT             f / F + (sum over inputs of T in^2 / F32)    one pass, upper triangles of Gram matrices
+    SparseGPT             f / F + (sum over inputs of T in^2 / Fs)     one pass, upper triangles of Gram matrices
                           + (sum over inputs in^3 / 3 + sum over linears 2 out in^2) / F32     factor, solve
-    GBLM                  Wanda + 4 f / F + 2 P' T / F32               forward, backward by recomputing (2 f and f); squares of tokens
+    GBLM                  Wanda + 4 f / F + 2 P' T / Fs                forward, backward by recomputing (2 f and f); squares of tokens
                           P' is P of a dense model; experts are taken by samples, which the backward pass has already
     reads                 b P / D: a trace, and the walk; GBLM two more (forward, backward); of a node once, by the page cache
     writes                b P / D, and 4 P / D more twice for GBLM's gradients; hidden states 2 b T d / D for the journal
@@ -87,6 +89,7 @@ class Rates:
 
     flops: float
     flops32: float
+    statistics: float
     disk: float
     network: float
     select: float
@@ -111,12 +114,12 @@ def predicted(
         products = sum(tokens * share * into**2 * n for into, n, share in s.inputs()) / devices
         solved = sum(into**3 / 3 * n for into, n, _ in s.inputs()) + sum(2 * out * into**2 * n for out, into, n in s.linears())
         at_once = min(devices, s.experts or 2)
-        walk = max(forward + (products + solved / at_once) / r.flops32, read)
+        walk = max(forward + products / r.statistics + solved / at_once / r.flops32, read)
     else:
         walk = max(2 * forward + p / r.select / min(devices, s.experts or 3), read)
     seconds = trace + walk + network + written
     if method == "gblm":
-        squares = 0 if s.experts else 2 * p * tokens / devices / r.flops32
+        squares = 0 if s.experts else 2 * p * tokens / devices / r.statistics
         seconds += max(forward, read) + max(3 * forward + squares, read) + 3 * 4 * p / r.disk + 2 * hidden / r.disk
     largest = max(out * into for out, into, _ in s.linears())
     statistics = {"wanda": 0, "sparsegpt": 16 * max(into for into, *_ in s.inputs()) ** 2, "gblm": 4 * p}[method]
@@ -124,6 +127,7 @@ def predicted(
 
 
 MODELS = [
+    Shape("Llama-2-7B", 32, 4096, 4096, 11008, 32000),
     Shape("Llama-3-70B", 80, 8192, 1024, 28672, 128256),
     Shape("Llama-3.1-405B", 126, 16384, 1024, 53248, 128256),
     Shape("1T mixture (384 experts, 8 active)", 61, 7168, 1024, 2048, 163840, experts=384, active=8, shared=1),
@@ -163,7 +167,8 @@ def measured(threads: int) -> Rates:
         file.flush()
         os.fsync(file.fileno())
         disk = (1 << 28) / (time.perf_counter() - started)
-    return Rates(rate(torch.bfloat16), rate(torch.float32), disk, 1e10, selection())
+    fp32 = rate(torch.float32)
+    return Rates(rate(torch.bfloat16), fp32, fp32, disk, 1e10, selection())
 
 
 def check(args) -> None:
@@ -193,7 +198,9 @@ def check(args) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flops", type=float, default=400e12, help="bf16, of one device; a rate that large products reach")
+    parser.add_argument(
+        "--flops", type=float, default=450e12, help="of forward passes in bf16; an H100 reached 757e12 in products"
+    )
     parser.add_argument("--flops32", type=float, default=40e12, help="fp32")
     parser.add_argument("--disk", type=float, default=3e9, help="of a node")
     parser.add_argument("--network", type=float, default=50e9, help="between devices")
@@ -208,15 +215,15 @@ def main():
     if args.check:
         check(args)
         return
-    rates = Rates(args.flops, args.flops32, args.disk, args.network, args.select)
+    rates = Rates(args.flops, args.flops32, args.flops, args.disk, args.network, args.select)
     print(f"rates given, not measured: {dataclasses.asdict(rates)}; {args.tokens} tokens in sequences of {args.length}")
-    print(f"{'model':<38}{'weights':>9}{'method':>11}" + "".join(f"{f'{n} GPUs: h':>13}{'GB':>7}" for n in args.devices))
+    print(f"{'model':<38}{'weights':>9}{'method':>11}" + "".join(f"{f'{n} GPUs: s':>13}{'GB':>7}" for n in args.devices))
     for shape in MODELS:
         for method in ("wanda", "sparsegpt", "gblm"):
             cells = ""
             for n in args.devices:
                 seconds, memory = predicted(shape, rates, method, args.tokens, args.length, n)
-                cells += f"{seconds / 3600:>13.2f}{memory / 1e9:>7.0f}"
+                cells += f"{seconds:>13.0f}{memory / 1e9:>7.0f}"
             print(f"{shape.name:<38}{shape.total / 1e9:>8.0f}B{method:>11}{cells}")
 
 
