@@ -10,7 +10,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ LIBRARIES = {  # whose kernels have least sizes
     FORMS["cusparselt"]: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
 }
 ON_CPU = ("2:4, torch.sparse", "50 %, torch.sparse")
-RUNTIMES = ("2:4, ONNX Runtime CPU", "2:4, OpenVINO CPU", "2:4, TensorRT")
+RUNTIMES = ("ONNX Runtime CPU", "OpenVINO CPU")  # which run exported models
 
 
 @dataclass
@@ -200,7 +200,9 @@ def _measure(
     """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
     elsewhere = ON_CPU if device.type == "cuda" else FORMS.values()
     missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
-    missing |= dict.fromkeys(RUNTIMES, "it runs exported models, and none is made here")
+    missing["2:4, TensorRT"] = "it runs exported models, and none is made here"
+    if device.type == "cuda":
+        missing |= dict.fromkeys([f"2:4, {name}" for name in RUNTIMES], "a CPU's")
     measured: list[tuple[int, dict[str, dict[int, float]]]] = []
     for shape in shapes:
         seconds, why = _on_gpu(shape, device, dtype) if device.type == "cuda" else _on_cpu(shape, dtype)
@@ -240,8 +242,13 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
         STRUCTURED: partial(_in_torch, weight[: math.ceil(KEPT * out_features)]),
         "50 %, torch.sparse": partial(_in_torch_sparse, _with_zeros(weight, "50 %")),
     }
+    contenders = {"dense": weight}
     if "2:4" not in shape.problems:
-        makers["2:4, torch.sparse"] = partial(_in_torch_sparse, _with_zeros(weight, "2:4"))
+        contenders["2:4"] = _with_zeros(weight, "2:4")
+        makers["2:4, torch.sparse"] = partial(_in_torch_sparse, contenders["2:4"])
+    for pattern, values in contenders.items():
+        for name, maker in zip(RUNTIMES, (_in_onnxruntime, _in_openvino)):
+            makers[f"{pattern}, {name}"] = partial(maker, values)
     seconds: dict[str, dict[int, float]] = {name: {} for name in makers}
     missing: dict[str, str] = {}
     many = max(1, min(shape.count, COLD // weight.nbytes))
@@ -251,6 +258,8 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
             try:
                 runs[name] = [makers[name]() for _ in range(copies)]
                 runs[name][0](weight[:1])
+            except ModuleNotFoundError as error:
+                missing[name] = f"{error.name} is not installed: pip install 'hf-prune[export]'"
             except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
                 runs.pop(name, None)
                 missing[name] = str(error).splitlines()[0]
@@ -286,6 +295,42 @@ def _in_torch_sparse(weight: Tensor) -> Callable[[Tensor], Any]:
     return lambda x: sparse @ x.t()
 
 
+def _in_onnxruntime(weight: Tensor) -> Callable[[Tensor], Any]:
+    _only_float32(weight)
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    matrix = numpy_helper.from_array(weight.t().contiguous().numpy(), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "linear", ends[:1], ends[1:], [matrix])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the next contender needs the cores
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda x: session.run(None, {"x": x.numpy()})[0]
+
+
+def _in_openvino(weight: Tensor) -> Callable[[Tensor], Any]:
+    _only_float32(weight)
+    import openvino
+    from openvino import opset13
+
+    x = opset13.parameter([-1, weight.shape[1]], openvino.Type.f32)
+    y = opset13.matmul(x, opset13.constant(weight.numpy()), False, True)
+    model = openvino.Model([y.output(0)], [x], "linear")
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    if bool((weight == 0).any()):
+        settings["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = 0.4  # use zeros where there are more than that
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda x: request.infer([x.numpy()], share_inputs=True)[0]
+
+
+def _only_float32(weight: Tensor) -> None:
+    if weight.dtype != torch.float32:
+        raise ValueError("timed in float32 only: dtype='float32'")
+
+
 def _with_zeros(weight: Tensor, pattern: str) -> Tensor:
     """`weight` with random weights kept: two of each four, or half of all."""
     chance = torch.rand(weight.shape, device=weight.device)
@@ -316,17 +361,27 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
 
 
 def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
-    """The pattern that gains most over all row counts and loses at none, and why."""
-    gains = {name: list(by_rows.values()) for name, by_rows in speed.items()}
+    """The pattern that gains most over all row counts and loses at none, over dense in the same runtime, and why."""
+    dense = {name.partition(", ")[2]: by_rows for name, by_rows in speed.items() if name.startswith("dense")}
+    gains: dict[str, list[float]] = {}
+    for name, by_rows in speed.items():
+        pattern, _, runtime = name.partition(", ")
+        if pattern != "dense":
+            gains[name] = [gain / dense.get(runtime, {}).get(rows, 1.0) for rows, gain in by_rows.items()]
     if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
         gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
-    words = {name: ", ".join(f"{gain:.2f}x at {rows}" for rows, gain in zip(ROWS, of)) for name, of in gains.items()}
+    words = {name: _words(of) for name, of in gains.items()}
     good = {name: math.prod(of) ** (1 / len(of)) for name, of in gains.items() if min(of) > 0.95}
     best = max(good, key=good.get, default=None)
     vain = [f"{name} ({words[name]})" for name in gains if not name.startswith("structured") and good.get(name, 0) < GAIN]
-    files = "zeros still make compact files smaller"
-    rest = f" No gain in speed: {'; '.join(vain)}; {files}." if vain else ""
+    rest = f" No gain in speed: {'; '.join(vain)}; zeros still make compact files smaller." if vain else ""
+    faster = [f"{name} ({_words(of.values())})" for name, of in dense.items() if min(of.values()) > GAIN]
+    rest += f" Faster without any pruning, exported: {'; '.join(faster)}." if faster else ""
     if best is None or good[best] < GAIN:
         return "nothing", f"No pattern gains {GAIN}x here.{rest}"
     pattern = {"2:4": "2:4", "50 %": "unstructured"}.get(best.split(", ")[0], "structured")
     return pattern, f"{best}: {words[best]} rows, over dense.{rest}"
+
+
+def _words(gains: Iterable[float]) -> str:
+    return ", ".join(f"{gain:.2f}x at {rows}" for rows, gain in zip(ROWS, gains))
