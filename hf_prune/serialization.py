@@ -228,6 +228,8 @@ def settle(
     config = getattr(model, "config", None)
     if getattr(config, "pruning_config", None) is None:
         return None
+    if model.base_model is model and model.get_output_embeddings() is None:
+        return None  # the body of a pruned model shares its config; the names of the masks are those of the whole
     problem = ""
     try:
         known = {**model.__dict__.get(SOURCE, {}), "token": _TOKENS.get(model)}

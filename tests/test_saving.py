@@ -251,3 +251,24 @@ class TestCommandLine:
         assert main([*command, "--resume-dir", str(folder / "journal")]) == 130
         assert "goes on from its journal" in capsys.readouterr().err
         assert not (folder / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_body_of_a_pruned_model(tmp_path):
+    """It shares the config, not the masks; torch.jit.trace asks every module for every attribute."""
+    model = make("llama").eval()
+    model.prune(PruningConfig("magnitude", pattern="2:4"))
+    model.save_pretrained(tmp_path)
+    for whole in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert whole.pruning_masks and whole.model.pruning_masks is None and whole.model.pruning_report is None
+        ids, logits = torch.arange(3, 11)[None], _Logits(whole)
+        torch.testing.assert_close(torch.jit.trace(logits, (ids,), check_trace=False)(ids), logits(ids))
+
+
+class _Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
