@@ -52,7 +52,8 @@ class Undo:
         self._places[parameter], self._end = place, place + values.nbytes
         self._writes.append(self._writer.submit(self._write, place, copied))
         while self._writes and (copied is None or sum(v.nbytes for v in list(self._unwritten.values())) > _WAITING):
-            self._writes.popleft().result()
+            self._writes[0].result()
+            self._writes.popleft()
 
     def _write(self, place: int, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
@@ -66,7 +67,7 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        self._writer.shutdown()
+        self._writer.submit(int).result()  # its turn is after all writes
         for parameter, place in self._places.items():
             values = self._unwritten.get(place)
             if values is None:
