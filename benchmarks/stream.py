@@ -3,6 +3,7 @@
     python benchmarks/stream.py                        # 36 blocks, 8.6 GB, three methods, at most 3 GB each, bit-equal to in memory?
     python benchmarks/stream.py --depths 4 8 16        # peak memory over depth, small blocks unless --hidden says otherwise
     python benchmarks/stream.py --overhead             # time from folder to folder against in memory, SmolLM2-135M
+    python benchmarks/stream.py --kill 3               # SIGKILL three times on the way: does it end bit-equal?
 
 The limit is on the resident set: a thread reads /proc/self/statm a hundred times a second and kills the process when it is
 passed. (A limit of address space, RLIMIT_AS, would count what torch maps but never touches: its libraries alone are gigabytes.)
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -121,13 +123,32 @@ def child(args) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak[0], "before": before, "sparsity": report.sparsity}), flush=True)
 
 
-def run(args, src, dst, method: str, way: str, limit: float) -> dict | None:
+def command(args, src, dst, method: str, way: str, limit: float) -> list[str]:
     options = ["--samples", args.samples, "--length", args.length, "--limit", limit, "--child", src, dst, method, way]
-    done = subprocess.run([sys.executable, __file__, *map(str, options)], stdout=subprocess.PIPE, text=True)
+    return [sys.executable, __file__, *map(str, options)]
+
+
+def run(*words) -> dict | None:
+    method, way = words[3:5]
+    done = subprocess.run(command(*words), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"{method} {way}: ended with {done.returncode}: {done.stdout.strip()}", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def killed(args, words: tuple, seconds: float) -> list[int]:
+    """Starts it `--kill` times and kills it by SIGKILL; how many blocks there were each time."""
+    moments, there = random.Random(0), []
+    for _ in range(args.kill):
+        process = subprocess.Popen(command(*words), stdout=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(0.1, 0.6) * seconds + 8)  # to import takes a while
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        there.append(len(list(words[2].with_name("dst.unfinished").glob("model/*.safetensors"))))
+    return there
 
 
 def tensors_of(folder: pathlib.Path):
@@ -158,6 +179,7 @@ def main():
     parser.add_argument("--limit", type=float, default=3.0, help="GB of resident set")
     parser.add_argument("--compare", action="store_true", help="with pruning in memory, which has no limit")
     parser.add_argument("--overhead", action="store_true", help="on SmolLM2-135M, from folder to folder")
+    parser.add_argument("--kill", type=int, default=0, help="how many times")
     parser.add_argument("--folder", default=None, help="where the files go; default is a temporary folder")
     parser.add_argument("--plot", help="PNG of peak memory over depth")
     parser.add_argument("--json", action="store_true", help="print each result as JSON too")
@@ -194,6 +216,16 @@ def main():
                         f"({found['before'] / GB:.2f} before it began)  sparsity {found['sparsity']:.4f}",
                         flush=True,
                     )
+                if found and args.kill:
+                    whole, words = dst.rename(place / "whole"), (args, src, dst, method, "stream", args.limit)
+                    there = killed(args, words, found["seconds"])
+                    again = run(*words)
+                    print(
+                        f"  {method:<10} killed with {', '.join(map(str, there))} files written, then {again['seconds']:.1f} s; "
+                        f"equal bit for bit: {equal(dst, whole)}",
+                        flush=True,
+                    )
+                    shutil.rmtree(whole)
                 if args.compare or args.overhead:
                     known = run(args, src, other, method, "memory", 1e3)
                     print(
