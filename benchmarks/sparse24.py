@@ -72,6 +72,8 @@ def linears(models: list[str]) -> None:
 @torch.no_grad()
 def whole_model(layers: int) -> None:
     """One token and a prompt of 2048 through a model of Llama-2-7B's shape, dense and packed, and `generate`."""
+    from hf_prune.runtimes.semi_structured import replayed
+
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32, vocab_size=32000, dtype="bfloat16"
     )  # fmt: skip
@@ -99,20 +101,6 @@ def whole_model(layers: int) -> None:
     )
     for name, before, after in zip(names, dense, packed):
         print(f"{name:<36}{before:9.3f} ms dense {after:9.3f} ms packed {before / after:6.2f}x")
-
-
-def replayed(run) -> callable:
-    """`run` as a CUDA graph, so that the host does not count."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def milliseconds_of(run, repeats: int = 20) -> float:

@@ -385,13 +385,13 @@ def _tuned(values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[int, de
     def run(rows: int, schedule: decode_kernel.Schedule) -> Callable[[], Tensor]:
         return partial(decode_kernel.linear, samples[rows], values, codes, schedule)
 
-    def compile(job: tuple[int, decode_kernel.Schedule]) -> None:
+    def compiled(job: tuple[int, decode_kernel.Schedule]) -> None:
         with contextlib.suppress(Exception):  # it will be told when it is timed
             run(*job)()
 
     if weight.is_cuda:
         with ThreadPoolExecutor() as pool:
-            list(pool.map(compile, {schedule: (rows, schedule) for rows in tried for schedule in tried[rows]}.values()))
+            list(pool.map(compiled, {schedule: (rows, schedule) for rows in tried for schedule in tried[rows]}.values()))
     schedules = []
     for rows, candidates in tried.items():
         expected = functional.linear(samples[rows], weight)
@@ -419,17 +419,23 @@ def sample(rows: int, weight: Tensor) -> Tensor:
     return torch.randn(rows, weight.shape[1], generator=generator, device=weight.device, dtype=weight.dtype)
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Median time of a replayed CUDA graph, with a cold cache, as in decoding, where every weight is read once a token."""
+def replayed(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` as a CUDA graph, so that the host does not count."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        for _ in range(3):
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return decode_kernel.triton.testing.do_bench(graph.replay, warmup=2, rep=8, return_mode="median")
+    return graph.replay
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """Median time of a replayed CUDA graph, with a cold cache, as in decoding, where every weight is read once a token."""
+    return decode_kernel.triton.testing.do_bench(replayed(run), warmup=2, rep=8, return_mode="median")
 
 
 def _first_line(error: Exception) -> str:
