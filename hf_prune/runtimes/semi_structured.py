@@ -4,8 +4,8 @@ Each `nn.Linear` whose weight is 2:4 becomes a `SemiStructuredLinear` in place, 
 measured on the device, once a shape. Leaves out how the kernel works (`decode_kernel.py`), and int8 and fp8.
 
 Memory, in units of the dense weight: packed for few rows 0.5625, for a library 0.5625, dense 1. With `use="any"` a linear may hold all
-three, since no form serves all row counts: 2.125, or 1.625 with CUTLASS, whose values ours shares. That is the price of never being
-slower than dense. `use="decode"` holds the first alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second.
+three, since no form serves all row counts: 2.125, or 1.625 with CUTLASS, whose values ours shares. That is the price of
+having the fastest for each. `use="decode"` holds the first alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second.
 """
 
 from __future__ import annotations
@@ -187,9 +187,10 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     kernel is compiled in a dozen ways for each `in`; Triton remembers them.
 
     Args:
-        use: "any" is never slower than dense and takes the memory of all forms it needs; "decode" and "prefill" hold one packed
-            form, 0.5625 of the dense weight, and are slow for what they were not made for. (A library that would not give a weight
-            back bit for bit does not replace it.)
+        use: "any" is dense wherever no other form was a tenth faster alone, and takes the memory of all forms it needs; eager
+            `generate` waits for Python, in whatever form. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight,
+            and are slow for what they were not made for. (A library that would not give a weight back bit for bit does not
+            replace it.)
 
     Raises:
         TypeError, ValueError: no model, not on CUDA, nothing that is 2:4 in float16 or bfloat16; nothing has changed then. With
