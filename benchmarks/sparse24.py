@@ -1,7 +1,8 @@
-"""2:4 on a GPU: each form of a linear by shape and number of rows, then decoding and prefill of a whole 7B-shaped model.
+"""2:4 and unstructured 50 % on a GPU: each form of a linear by shape and number of rows, then decoding and prefill of a whole 7B-shaped model.
 
-Milliseconds are medians of replayed CUDA graphs with a cold L2 cache, as in decoding, where every weight is read once a token; the bandwidth
-of our kernel is that of all bytes it must move, against a copy of 1 GiB on the same device. Weights are random, bfloat16, 2:4.
+Milliseconds are those of one product among many in a replayed CUDA graph that reads a GiB of weights, as in decoding, where every weight is
+read once a token; the bandwidth of our kernels is that of all bytes they must move, against a copy of 1 GiB on the same device. Weights are
+random, bfloat16, 2:4, and unstructured 50 % for the bitmask.
 
 python benchmarks/sparse24.py [--models SmolLM2-135M Llama-3-8B Llama-3-70B] [--layers 32] [--skip-model]
 """
@@ -26,7 +27,7 @@ SHAPES = {
     "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
     "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
-FORMS = ("dense", "cusparselt", "cutlass", "decode")
+FORMS = ("dense", "cusparselt", "cutlass", "decode", "bitmask")
 
 
 def two_of_four(weight: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,15 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     quads = weight.unflatten(1, (-1, 4))
     least = quads.abs().argsort(-1)[..., :2]
     return quads.scatter(-1, least, 0.0).flatten(1)
+
+
+def half(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` (out, in) with the larger half of each row."""
+    least = weight.abs().float().topk(weight.shape[1] // 2, largest=False).indices
+    return weight.scatter(1, least, 0.0)
+
+
+PATTERNS = {"2:4": two_of_four, "unstructured 50 %": half}
 
 
 def bandwidth() -> float:
@@ -44,33 +54,38 @@ def bandwidth() -> float:
 
 
 def linears(models: list[str]) -> None:
-    from hf_prune.runtimes.decode_kernel import words_of
+    from hf_prune.runtimes import bitmask_kernel, decode_kernel
     from hf_prune.runtimes.semi_structured import measured_plan
 
     peak = bandwidth()
     print(
-        f"copy: {peak / 1e9:.0f} GB/s; milliseconds and speed-up over dense; 'decode' is ours, with its share of the copy's bandwidth"
+        f"copy: {peak / 1e9:.0f} GB/s; milliseconds and speed-up over dense; of our kernels the share of the copy's bandwidth"
     )
     for model in models:
         for out_features, in_features in SHAPES[model]:
-            weight = two_of_four(torch.randn(out_features, in_features, dtype=torch.bfloat16, device="cuda"))
-            plan = measured_plan(weight, None)
+            weight = torch.randn(out_features, in_features, dtype=torch.bfloat16, device="cuda")
+            weights = {"decode": two_of_four(weight), "bitmask": half(weight)}
+            plan, unstructured = measured_plan(weights["decode"], None), measured_plan(weights["bitmask"], None, "decode")
+            packed = decode_kernel.pack(weights["decode"]), bitmask_kernel.pack(weights["bitmask"])
+            held = {form: sum(tensor.nbytes for tensor in tensors) for form, tensors in zip(weights, packed)}
+            missing = plan.missing | unstructured.missing
             print(
                 f"\n{model} ({out_features}, {in_features}): {plan}",
-                *(f"no {form}: {why}" for form, why in plan.missing.items()),
+                *(f"no {form}: {why}" for form, why in missing.items()),
                 sep="\n",
             )
             print(f"{'rows':>6}" + "".join(f"{form:>20}" for form in FORMS))
             for rows, spent in plan.milliseconds.items():
+                spent |= {form: took for form, took in unstructured.milliseconds[rows].items() if form == "bitmask"}
                 cells = [f"{spent[form]:9.4f} {spent['dense'] / spent[form]:5.2f}x" if form in spent else "-" for form in FORMS]
-                if "decode" in spent:
-                    moved = out_features * (in_features + 4 * words_of(in_features)) + 2 * rows * (in_features + out_features)
-                    cells[-1] += f" {moved / spent['decode'] * 1e3 / peak:4.0%}"
+                for form in {*held} & {*spent}:
+                    moved = held[form] + 2 * rows * (in_features + out_features)
+                    cells[FORMS.index(form)] += f" {moved / spent[form] * 1e3 / peak:4.0%}"
                 print(f"{rows:>6}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 
 @torch.no_grad()
-def whole_model(layers: int) -> None:
+def whole_model(layers: int, pattern: str) -> None:
     """One token and a prompt of 2048 through a model of Llama-2-7B's shape, dense and packed, and `generate`."""
     from hf_prune.runtimes.semi_structured import replayed
 
@@ -81,7 +96,7 @@ def whole_model(layers: int) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     for module in model.model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight.copy_(two_of_four(module.weight))
+            module.weight.copy_(PATTERNS[pattern](module.weight))
     prompt = torch.randint(0, 32000, (1, 2048), device="cuda")
 
     def measured() -> list[float]:
@@ -91,7 +106,7 @@ def whole_model(layers: int) -> None:
         return [*times, milliseconds_of(lambda: model.generate(prompt[:, :16], **words), 3) / 64]
 
     dense = measured()
-    print(f"\n7B-shaped, {layers} blocks\n{hf_prune.to_semi_structured(model)}")
+    print(f"\n7B-shaped, {layers} blocks, {pattern}\n{hf_prune.to_semi_structured(model)}")
     packed = measured()
     names = (
         "decode, 1 token (CUDA graph)",
@@ -127,7 +142,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     linears(args.models)
     if not args.skip_model:
-        whole_model(args.layers)
+        for pattern in PATTERNS:
+            whole_model(args.layers, pattern)
     return 0
 
 

@@ -23,40 +23,58 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert " passed" in done.stdout
 
-    @pytest.mark.parametrize("rows, architecture", [(1, 80), (16, 90)])
-    def test_compiles_without_a_gpu(rows, architecture, tmp_path, monkeypatch):
-        import triton.language as tl
+    def compiled(kernel, types, constants, architecture, warps):
+        """The PTX of `kernel` for aligned arguments."""
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource, compile
+
+        names = [*types, *constants]
+        source = ASTSource(
+            kernel,
+            signature={**types, **dict.fromkeys(constants, "constexpr")},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "rows"},
+        )
+        return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": 1}).asm[
+            "ptx"
+        ]
+
+    @pytest.mark.parametrize("rows, architecture", [(1, 80), (1, 90), (16, 90)])
+    def test_compiles_without_a_gpu(rows, architecture, tmp_path, monkeypatch):
+        import triton.language as tl
 
         from hf_prune.runtimes.decode_kernel import Schedule, _few_rows, _many_rows
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        schedule = Schedule(8, 64, 1, 1, 4) if rows == 1 else Schedule(16, 32, 1, 16, 2)
+        schedule = Schedule(1, 128, 1, 1, 1) if rows == 1 else Schedule(16, 32, 1, 16, 2)
         constants = {
             "words": 128, "split": 128, "DTYPE": tl.bfloat16, "OPERAND": tl.bfloat16, "BLOCK_OUT": schedule.block_out,
             "BLOCK_WORDS": schedule.block_words, "ROWS": schedule.rows,
-        }  # fmt: skip
+        } | ({"OVERLAP": architecture >= 90} if rows == 1 else {})  # fmt: skip
         types = {"x": "*i64" if rows == 1 else "*bf16", "values": "*i32", "codes": "*i32", "y": "*bf16"}
         types |= dict.fromkeys(("rows", "out_features", "groups"), "i32")
-        names = [*types, *constants]
-        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "rows"}
-        source = ASTSource(
-            _few_rows if rows == 1 else _many_rows,
-            signature={**types, **dict.fromkeys(constants, "constexpr")},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs=aligned,
-        )
-        options = {"num_warps": schedule.warps, "num_stages": 1}
-        text = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["ptx"]
+        text = compiled(_few_rows if rows == 1 else _many_rows, types, constants, architecture, schedule.warps)
         # The values of a lane (of all eight, for few rows) and their codes, 16 bytes a thread.
         assert text.count("ld.global.v4.b32") >= (9 if rows == 1 else 2)
+        assert ("griddepcontrol.wait" in text) == (rows == 1 and architecture >= 90)
         assert ".local" not in text and ("mma.sync" in text) == (rows > 1)
 
+    def test_the_bitmask_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
+        import triton.language as tl
+
+        from hf_prune.runtimes.bitmask_kernel import _one_row
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        types = {"x": "*i64", "values": "*bf16", "codes": "*i64", "y": "*bf16", "out_features": "i32", "groups": "i32"}
+        constants = {"words": 128, "DTYPE": tl.bfloat16, "BLOCK_WORDS": 32, "BLOCK_OUT": 2, "NATIVE": True, "OVERLAP": True}
+        text = compiled(_one_row, types, constants, 90, 1)
+        assert "popc.b32" in text and "griddepcontrol.wait" in text and ".local" not in text
+
 else:
-    from hf_prune import to_dense, to_semi_structured
-    from hf_prune.runtimes import decode_kernel, semi_structured
-    from hf_prune.runtimes.decode_kernel import Schedule, pack, sparse24_linear, unpack
+    from hf_prune import PruningConfig, to_dense, to_semi_structured
+    from hf_prune.runtimes import bitmask_kernel, decode_kernel, semi_structured
+    from hf_prune.runtimes.decode_kernel import Schedule, pack, unpack
+    from hf_prune.runtimes.semi_structured import packed_linear
 
     DTYPES = [torch.float16, torch.bfloat16]
     SHAPES = [(33, 70), (7, 30), (16, 256), (20, 530)]  # no multiples; groups cut off; more than one block of words
@@ -91,7 +109,7 @@ else:
         how = TILES[1 if rows == 1 else 2 if rows <= 3 else 4 if rows <= 6 else 16, 1]
         shape = SHAPES[(rows + DTYPES.index(dtype)) % len(SHAPES)]
         weight, x = integers(*shape, dtype, rows), integers(rows, shape[1], dtype, 1)
-        y = sparse24_linear(x, *pack(weight), list(how))
+        y = packed_linear(x, *pack(weight), list(how))
         assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t()).to(dtype))
 
     @pytest.mark.parametrize("schedule", TILES.values())
@@ -101,7 +119,7 @@ else:
         weight = torch.randn(24, 516, generator=generator).masked_fill_(integers(24, 516, torch.float16) == 0, 0.0)
         for dtype in DTYPES:
             w, x = weight.to(dtype), torch.randn(2, 516, generator=generator).to(dtype)
-            y = sparse24_linear(x, *pack(w), list(schedule)).double()
+            y = packed_linear(x, *pack(w), list(schedule)).double()
             exact, magnitude = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
             tolerance = 258 * 2**-24 * magnitude + torch.finfo(dtype).eps / 2 * exact.abs()
             assert ((y - exact).abs() <= tolerance * 1.001).all()
@@ -110,20 +128,20 @@ else:
     def test_views_and_more_rows_than_a_tile(tile, rows):
         """A view whose rows lie apart and do not begin at multiples of eight bytes."""
         weight, x = integers(9, 36, torch.bfloat16), integers(rows, 40, torch.bfloat16, 1)[:, 1:37]
-        y = sparse24_linear(x, *pack(weight), list(TILES[tile, 1]))
+        y = packed_linear(x, *pack(weight), list(TILES[tile, 1]))
         assert torch.equal(y.float(), x.float() @ weight.float().t())
 
     def test_the_operator():
         weight, x = integers(9, 30, torch.float16), integers(2, 30, torch.float16, 1).requires_grad_()
         arguments = (x, *pack(weight), list(TILES[16, 1]))
         torch.library.opcheck(
-            sparse24_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+            packed_linear, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
         )
-        sparse24_linear(*arguments).sum().backward()
+        packed_linear(*arguments).sum().backward()
         assert torch.equal(x.grad, weight.sum(0).expand(2, -1))
 
     def test_no_rows():
-        assert sparse24_linear(torch.zeros(0, 8).half(), *pack(torch.zeros(3, 8).half()), list(Schedule())).shape == (0, 3)
+        assert packed_linear(torch.zeros(0, 8).half(), *pack(torch.zeros(3, 8).half()), list(Schedule())).shape == (0, 3)
 
     def test_bad_weights():
         with pytest.raises(ValueError, match="not 2:4"):
@@ -133,7 +151,7 @@ else:
         with pytest.raises(ValueError, match="matrix"):
             pack(torch.zeros(8, dtype=torch.float16))
         with pytest.raises(TypeError, match="convert the input"):
-            sparse24_linear(torch.zeros(1, 8), *pack(torch.zeros(2, 8, dtype=torch.float16)), list(Schedule()))
+            packed_linear(torch.zeros(1, 8), *pack(torch.zeros(2, 8, dtype=torch.float16)), list(Schedule()))
 
     @pytest.fixture(scope="module")
     def pruned():
@@ -231,12 +249,13 @@ else:
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.5 if "decode" in str(run.func) else 1.0)
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 1.0)
         for in_features, fits in ((32, True), (30, False)):
             problems = advising._problems(16, in_features, torch.bfloat16)
             shape = advising.Shape(16, in_features, 1, problems=problems)
             spent, missing = advising._on_gpu(shape, torch.device("cpu"), torch.bfloat16)
             assert spent[advising.DENSE] == spent[advising.STRUCTURED] == {1: 1.0, 16: 1.0, 32: 1.0}
+            assert spent["50 %, our bitmask kernel"] == {1: 0.5, 16: 1.0, 32: 1.0}
             assert spent.get("2:4, our decode kernel") == ({1: 0.5, 16: 0.5, 32: 1.0} if fits else None)
             assert set(missing) == ({"2:4, torch CUTLASS", "2:4, cuSPARSELt"} if fits else set())
 
@@ -269,6 +288,87 @@ else:
             return
         assert torch.equal(bits(to_dense(twin)[0].weight), bits(weight)) and type(twin[0]) is torch.nn.Linear
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", [(7, 70), (6, 256), (5, 2100)])
+    def test_bitmask(shape, dtype):
+        """Any zeros: the layout gives the weight back, and the product is that of fp32, for each number of rows and schedule."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randint(-3, 4, shape, generator=generator).to(dtype)
+        weight[torch.rand(shape, generator=generator) < 0.5] = 0.0
+        weight[0], weight[1, 0] = 0.0, -0.0
+        values, codes = bitmask_kernel.pack(weight)
+        assert values.shape == ((bits(weight) != 0).sum(),) and codes.shape == (shape[0], -(-shape[1] // 32))
+        assert torch.equal(bits(bitmask_kernel.unpack(values, codes, shape[1])), bits(weight))
+        for rows, schedule in ((1, (32, 2, 1)), (2, (32, 4, 1)), (3, (16, 1, 1)), (1, (128, 2, 4))):
+            x = torch.randint(-3, 4, (rows, shape[1]), generator=generator).to(dtype)
+            y = packed_linear(x, values, codes, schedule)
+            assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().T).to(dtype))
+        assert packed_linear(x[:0], values, codes, schedule).shape == (0, shape[0])
+        x = x.requires_grad_()
+        packed_linear(x, values, codes, schedule).sum().backward()
+        torch.testing.assert_close(x.grad, weight.float().sum(0).to(dtype).expand(rows, -1), atol=0.0, rtol=0.01)
+        with pytest.raises(TypeError, match="convert the input"):
+            packed_linear(x.double(), values, codes, schedule)
+        with pytest.raises(TypeError, match="convert the model"):
+            bitmask_kernel.pack(weight.float())
+        with pytest.raises(ValueError, match="a matrix"):
+            bitmask_kernel.pack(weight[0])
+
+    @pytest.mark.parametrize("use", ["any", "decode"])
+    def test_an_unstructured_model(use):
+        """Linears with zeros anywhere are packed for a row; one that keeps too much stays dense, and all for prefill."""
+        model = make("llama", dtype=torch.bfloat16, num_hidden_layers=1)
+        model.prune(PruningConfig("magnitude", sparsity=0.5))
+        full = model.model.layers[0].self_attn.o_proj
+        full.weight.data.normal_()
+        dense, before = copy.deepcopy(model), snapshot(model)
+        with pytest.raises(ValueError, match="not 2:4 but unstructured:0.5"):
+            to_semi_structured(model, use="prefill")
+        report = to_semi_structured(model, use=use)
+        assert "bitmask to 4 rows" in str(report) and "not 2:4" in report.dense["model.layers.0.self_attn.o_proj"]
+        assert (report.bytes_after < 0.75 * report.bytes_before) == (use == "decode")
+        ids = torch.arange(3, 27)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, dense(ids).logits)
+            torch.testing.assert_close(model(ids[:, :2]).logits, dense(ids[:, :2]).logits, atol=0.06, rtol=0.03)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        to_dense(model)
+        assert all(torch.equal(bits(value), bits(before[name])) for name, value in model.named_parameters())
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_cusparselt(bias, monkeypatch):
+        """Its operators, replaced by dense ones that take and give what they do: the plan, its algorithms by rows, padding, the weight."""
+        called = []
+
+        def product(compressed, dense, bias=None, *, transpose_result=False, alg_id=0):
+            assert dense.shape[1] % 8 == 0 or not transpose_result
+            called.append((dense.shape[1], alg_id))
+            y = (compressed[0].float() @ dense.float()).to(dense.dtype)
+            y = y if bias is None else y + bias[:, None]
+            return y.t().contiguous() if transpose_result else y
+
+        kind = semi_structured.LIBRARIES["cusparselt"]
+        monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
+        monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone()[None])
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda compressed, dense, **words: dense.shape[1] // 8)
+        monkeypatch.setattr(semi_structured, "ROWS", (1, 8, 16, 32, semi_structured.PREFILL_ROWS))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
+        linear = torch.nn.Linear(32, 16, bias=bias).half()
+        linear.weight.data = weight = integers(16, 32, torch.float16) + 0.0
+        plan = semi_structured.measured_plan(weight, linear.bias, "any")
+        assert plan.steps == ((float("inf"), "cusparselt"),)
+        assert plan.algorithms == ((8, 1), (16, 2), (32, 4), (2048, 256), (float("inf"), 256))
+        monkeypatch.setattr(semi_structured, "_interpreted_plan", lambda *_: plan)
+        model, dense = torch.nn.Sequential(linear), copy.deepcopy(linear)
+        assert to_semi_structured(model).bytes_after == weight.nbytes
+        for rows, expected in ((1, (8, 1)), (8, (8, 1)), (9, (16, 2)), (20, (24, 4)), (3000, (3000, 256))):
+            x = torch.randint(-3, 4, (rows, 32)).half()
+            assert torch.equal(model(x), dense(x)) and called[-1] == expected
+        assert torch.equal(model.state_dict()["0.weight"], weight)
+        assert torch.equal(to_dense(model)[0].weight, weight)
+
     def test_a_failure_half_way_changes_nothing(pruned, monkeypatch):
         model, calls = copy.deepcopy(pruned), []
 
@@ -289,10 +389,10 @@ else:
         infinity = float("inf")
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run: 0.6 if "decode" in str(run.func) else 1.0)
+        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
         plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
-        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16]
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16, infinity]
         monkeypatch.undo()
 
         spent = {

@@ -34,6 +34,7 @@ LARGEST = 2**22  # weights of a matrix that is timed on a CPU: of larger ones so
 
 DENSE, STRUCTURED = "dense, torch", f"structured, {KEPT:.0%} kept"
 FORMS = {"cutlass": "2:4, torch CUTLASS", "cusparselt": "2:4, cuSPARSELt", "decode": "2:4, our decode kernel"}
+BITMASK = "50 %, our bitmask kernel"
 LIBRARIES = {  # whose kernels have least sizes
     FORMS["cutlass"]: torch.sparse.SparseSemiStructuredTensorCUTLASS,
     FORMS["cusparselt"]: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
@@ -187,7 +188,8 @@ def _problems(out_features: int, in_features: int, dtype: torch.dtype) -> dict[s
         why = f"2:4 is impossible, since in_features {in_features} is not divisible by 4"
         return dict.fromkeys(("2:4", *FORMS.values()), why)
     if dtype not in (torch.float16, torch.bfloat16):
-        return dict.fromkeys(FORMS.values(), f"2:4 on a GPU needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}")
+        why = f"packed weights on a GPU need float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return dict.fromkeys((*FORMS.values(), BITMASK), why)
     least = {name: tuple(kind._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]) for name, kind in LIBRARIES.items()}
     return {
         name: f"{name} needs multiples of {of}" for name, of in least.items() if out_features % of[0] or in_features % of[1]
@@ -198,7 +200,7 @@ def _measure(
     shapes: list[Shape], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
-    elsewhere = ON_CPU if device.type == "cuda" else FORMS.values()
+    elsewhere = ON_CPU if device.type == "cuda" else (*FORMS.values(), BITMASK)
     missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
     missing["2:4, TensorRT"] = "it runs exported models, and none is made here"
     if device.type == "cpu":
@@ -222,15 +224,16 @@ def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dic
 
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
     smaller = weight[: math.ceil(KEPT * len(weight))].clone()
-    plan = measured_plan(weight if "2:4" in shape.problems else _with_zeros(weight, "2:4"), None)
+    plans = [measured_plan(_with_zeros(weight, pattern), None) for pattern in ("50 %", "2:4") if pattern not in shape.problems]
+    names = {"dense": DENSE, "bitmask": BITMASK, **FORMS}
     spent: dict[str, dict[int, float]] = {STRUCTURED: {}}
     for rows in ROWS:
-        spent[STRUCTURED][rows] = milliseconds(partial(functional.linear, sample(rows, weight), smaller))
-        for form in {"dense", *FORMS} - set(plan.missing):  # the decode kernel is for 16 rows: above, dense runs
+        spent[STRUCTURED][rows] = milliseconds(functional.linear, sample(rows, weight), smaller)
+        for plan in plans:
             by_form = plan.milliseconds[rows]
-            spent.setdefault(FORMS.get(form, DENSE), {})[rows] = by_form.get(form, by_form["dense"])
-    impossible = "2:4" in shape.problems
-    return spent, {} if impossible else {FORMS[form]: f"{shape}: {why}" for form, why in plan.missing.items()}
+            for form in plan.milliseconds[ROWS[0]]:  # our kernels are for a few rows: above, dense runs
+                spent.setdefault(names[form], {})[rows] = by_form.get(form, by_form["dense"])
+    return spent, {names[form]: f"{shape}: {why}" for plan in plans for form, why in plan.missing.items()}
 
 
 def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
@@ -362,6 +365,8 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
         if dtype.itemsize == 2:
             sizes["2:4, packed for decoding on a GPU"] = whole + coded, rest + linears * 9 // 16
     sizes["50 %, compact folder"] = rest + linears // 2 + bits, whole
+    if dtype.itemsize == 2:
+        sizes["50 %, packed for decoding on a GPU"] = whole + bits, rest + linears * 5 // 8
     return sizes | {STRUCTURED: (rest + int(linears * KEPT),) * 2}
 
 

@@ -16,12 +16,14 @@ That is 2.25 bytes for each kept weight, 1.125 a weight, 0.5625 of dense. A grou
 of values and eight bytes of x (the whole group), and selects in registers. All reads are contiguous along `in`, 16 bytes a thread.
 One to four rows are multiplied with the weights by pairs, each by the x that its code selects. More rows build the dense tile of a lane
 (its zeros too) and give it to the tensor cores with the same columns of x. Sums are fp32. Narrow matrices split `in` over programs,
-each of which writes its own sums, so the result does not depend on their order.
+each of which writes its own sums, so the result does not depend on their order. On Hopper and newer the kernel for a few rows is launched
+while the one before it ends, and waits for it before its first read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,9 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 MAX_ROWS = 16
+TUNED_ROWS = (1, 2, 4, MAX_ROWS)
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -49,14 +53,11 @@ class Schedule(NamedTuple):
     @classmethod
     def candidates(cls, rows: int) -> Iterator[Schedule]:
         """Those worth timing for so many rows: the fastest that an H100 showed for matrices of 4096 to 14336."""
-        if rows == 1:  # few rows of W in many warps for a long `in`; several for a short one
-            for block_out, block_words, warps in ((1, 128, 1), (2, 128, 2), (4, 128, 4), (8, 64, 4), (2, 256, 4), (1, 512, 4)):
-                yield cls(block_out, block_words, 1, 1, warps)
-        elif rows <= 4:
-            yield cls(8, 64, 1, rows, 4)
+        tiles = {1: ((1, 32, 1), (1, 64, 1), (1, 128, 2)), 2: ((8, 64, 4), (8, 64, 8)), 4: ((2, 64, 1), (8, 64, 8))}
+        for block_out, block_words, warps in tiles.get(rows, ()):
+            yield cls(block_out, block_words, 1, rows, warps)
         if rows > 2:
             yield cls(16, 32, 4, MAX_ROWS, 2, 3)
-            yield cls(32, 32, 4, MAX_ROWS, 4, 3)
             yield cls(16, 32, 1, MAX_ROWS, 2, 3)
 
 
@@ -126,51 +127,50 @@ def _groups(weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
-    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W. `sparse24_linear` is this for the compiler and for autograd."""
-    if x.dtype != values.dtype:
-        raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
-    (rows, in_features), (out_features, words) = x.shape, codes.shape
+    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W."""
+    rows, (out_features, words) = len(x), codes.shape
     if not rows:
         return x.new_empty(0, out_features)
-    x = (functional.pad(x, (0, -in_features % 4)) if in_features % 4 else x).contiguous()
-    x = x if x.data_ptr() % 8 == 0 else x.clone()  # the kernel reads groups of eight bytes
+    x = as_groups(x, values)
     # On the CPU it is the interpreter that runs: its dot takes bfloat16 for integers, and its rounding to it is not quite right.
     operand = DTYPES[x.dtype] if x.is_cuda else tl.float32
     y = x.new_empty(how.splits, rows, out_features, dtype=x.dtype if x.is_cuda and how.splits == 1 else torch.float32)
     grid = (triton.cdiv(out_features, how.block_out), how.splits, triton.cdiv(rows, how.rows))
-    kernel, x = (_many_rows, x) if how.rows == MAX_ROWS else (_few_rows, x.view(torch.int64))
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext():
+    kernel, x, launch = _many_rows, x, {}
+    if how.rows < MAX_ROWS:
+        kernel, x, launch = _few_rows, x.view(torch.int64), overlap(x.device)
+    with current(x.device):
         kernel[grid](
             x, values.view(torch.int32), codes, y, rows, out_features, values.shape[1] // 2, words, triton.cdiv(words, 4 * how.splits) * 4,
             DTYPE=DTYPES[values.dtype], OPERAND=operand, BLOCK_OUT=how.block_out, BLOCK_WORDS=how.block_words, ROWS=how.rows,
-            num_warps=how.warps, num_stages=how.stages,
+            num_warps=how.warps, num_stages=how.stages, **launch,
         )  # fmt: skip
     return (y[0] if how.splits == 1 else y.sum(0)).to(values.dtype)
 
 
-@torch.library.custom_op("hf_prune::sparse24_linear", mutates_args=())
-def sparse24_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
-    """`linear` as an operator of torch; `schedule` is a `Schedule`."""
-    return linear(x, values, codes, Schedule(*schedule))
+def as_groups(x: Tensor, values: Tensor) -> Tensor:
+    """`x` (rows, in) as the kernels read it, in aligned groups of four, for a packed weight with such `values`.
+
+    Raises:
+        TypeError: not of the same dtype.
+    """
+    if x.dtype != values.dtype:
+        raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
+    x = (functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x).contiguous()
+    return x if x.data_ptr() % 8 == 0 else x.clone()
 
 
-@sparse24_linear.register_fake
-def _(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
-    return x.new_empty(x.shape[0], values.shape[0])
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where Triton launches on `device`."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
-def _keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
-    ctx.in_features = inputs[0].shape[1]
-
-
-def _backward(ctx, gradient: Tensor):
-    """Of x alone: the packed weight takes none. A model that is compiled outside of `no_grad` asks for it."""
-    return gradient @ unpack(*ctx.saved_tensors, ctx.in_features), None, None, None
-
-
-sparse24_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """The options with which a kernel is launched while the one before it ends, where that can be."""
+    able = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
 
 
 @triton.jit
@@ -204,6 +204,7 @@ def _dot(quad, first, second, one, two, then_two, then_three, DTYPE: tl.constexp
 def _few_rows(
     x, values, codes, y, rows, out_features, groups, words: tl.constexpr, split: tl.constexpr,
     DTYPE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr, ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows of x as int64 (rows, groups), values as int32 (out, groups), codes (out, words) -> y (splits, rows, out).
 
@@ -213,6 +214,9 @@ def _few_rows(
     inside_out = outs[:, None] < out_features
     begin, row = tl.program_id(1) * split, tl.program_id(2) * ROWS
     x += row * groups
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     last = rows - 1 - row  # rows past it are read as this one, and not written
     a = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
     b, c, d = a, a, a

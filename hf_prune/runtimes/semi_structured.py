@@ -1,11 +1,13 @@
-"""A 2:4 model that runs on what is fastest for the number of rows: our kernel for a few, sparse tensor cores for many, dense between.
+"""A sparse model that runs on what is fastest for the number of rows: our kernels for a few, sparse tensor cores for many, dense between.
 
-Each `nn.Linear` whose weight is 2:4 becomes a `SemiStructuredLinear` in place, holding only the forms that its plan uses. The plan is
-measured on the device, once a shape. Leaves out how the kernel works (`decode_kernel.py`), and int8 and fp8.
+Each `nn.Linear` whose weight is 2:4, or has enough zeros anywhere, becomes a `SemiStructuredLinear` in place, holding only the forms that
+its plan uses. The plan is measured on the device, once a shape. Leaves out how the kernels work (`decode_kernel.py`, `bitmask_kernel.py`),
+and int8 and fp8.
 
-Memory, in units of the dense weight: packed for few rows 0.5625, for a library 0.5625, dense 1. With `use="any"` a linear may hold all
+Memory, in units of the dense weight: 2:4 packed for few rows 0.5625, for a library 0.5625, dense 1. With `use="any"` a linear may hold all
 three, since no form serves all row counts: 2.125, or 1.625 with CUTLASS, whose values ours shares. That is the price of
-having the fastest for each. `use="decode"` holds the first alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the second.
+having the fastest for each. `use="decode"` holds the first alone and makes the dense weight anew for more than 16 rows, `use="prefill"` the
+second. An unstructured weight with half of its values takes 0.625, and dense 1 for more rows.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from ..report import by_reason, table
 
 
 try:
-    from . import decode_kernel
+    from . import bitmask_kernel, decode_kernel
 except ImportError:  # no Triton
-    decode_kernel = None
+    bitmask_kernel = decode_kernel = None
 
 USES = ("any", "decode", "prefill")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # what is measured
@@ -38,7 +40,10 @@ LIBRARIES = {
     "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
     "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
 }
-NOISE = 1.1  # another form is taken where dense takes this much longer; within a model a gain of 1.04 was a loss
+KERNELS = {"decode": decode_kernel, "bitmask": bitmask_kernel}  # our forms
+MOST_KEPT = 0.6  # of an unstructured weight that is packed
+NOISE = 1.05  # another form is taken where dense takes this much longer
+LEAST_ROWS = 8  # of cuSPARSELt, and what its rows are a multiple of
 
 
 @dataclass(frozen=True)
@@ -46,23 +51,22 @@ class Plan:
     """What runs for how many rows of one shape.
 
     Attributes:
-        steps: (most rows, form) in ascending order; a form is "decode", "cusparselt", "cutlass", "dense" or "unpacked", which
-            makes the dense weight anew at each call.
-        schedules: (most rows, schedule of the decode kernel).
+        steps: (most rows, form) in ascending order; a form is "decode" (our kernel for 2:4), "bitmask" (ours for zeros anywhere),
+            "cusparselt", "cutlass", "dense" or "unpacked", which makes the dense weight anew at each call.
+        schedules: (most rows, schedule of our kernel).
+        algorithms: (most rows, cuSPARSELt's number of the fastest of its kernels; the default's are far slower).
         milliseconds: rows -> form -> what was measured; empty in Triton's interpreter.
         missing: form -> why it could not be measured.
     """
 
     steps: tuple[tuple[float, str], ...]
-    schedules: tuple[tuple[float, decode_kernel.Schedule], ...] = ()
+    schedules: tuple[tuple[float, tuple], ...] = ()
+    algorithms: tuple[tuple[float, int], ...] = ()
     milliseconds: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
     missing: dict[str, str] = field(default_factory=dict, compare=False)
 
     def form(self, rows: int) -> str:
-        return next(form for most, form in self.steps if rows <= most)
-
-    def schedule(self, rows: int) -> decode_kernel.Schedule:
-        return next(schedule for most, schedule in self.schedules if rows <= most)
+        return _at(self.steps, rows)
 
     @property
     def forms(self) -> set[str]:
@@ -71,6 +75,11 @@ class Plan:
     def __str__(self) -> str:
         bounds = [f"{form} to {most} rows" if most < math.inf else f"{form} above" for most, form in self.steps]
         return ", ".join(bounds) if len(bounds) > 1 else self.steps[0][1]
+
+
+def _at(steps: tuple[tuple[float, Any], ...], rows: int) -> Any:
+    """What of `steps`, (most rows, what), is for so many rows."""
+    return next(what for most, what in steps if rows <= most)
 
 
 class SemiStructuredLinear(nn.Linear):
@@ -89,22 +98,18 @@ class SemiStructuredLinear(nn.Linear):
         if (dense := self._parameters.get("weight")) is not None:
             return dense
         if self.values is not None:
-            return decode_kernel.unpack(self.values, self.codes, self.in_features)
-        return self.library.to_dense()
+            return _kernel_of(self.codes).unpack(self.values, self.codes, self.in_features)
+        return _dense_of(self.library, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        rows = flat.shape[0]
-        form = self.plan.form(rows)
-        if form == "decode":
-            schedule = self.plan.schedule(rows)
-            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and flat.requires_grad):
-                y = decode_kernel.sparse24_linear(flat, self.values, self.codes, list(schedule))
-            else:  # an operator of Python's takes longer to call than the kernel to run
-                y = decode_kernel.linear(flat, self.values, self.codes, schedule)
-            y = y if self.bias is None else y + self.bias
+        form = self.plan.form(len(flat))
+        if form in KERNELS:
+            y = _packed(flat, self.values, self.codes, bias=self.bias, schedules=self.plan.schedules)
+        elif form == "cusparselt":
+            y = _cusparselt(flat, self.library, bias=self.bias, algorithms=self.plan.algorithms)
         else:
-            y = functional.linear(flat, self.library if form in LIBRARIES else self.weight, self.bias)
+            y = functional.linear(flat, self.library if form == "cutlass" else self.weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -115,13 +120,78 @@ class SemiStructuredLinear(nn.Linear):
         raise ValueError(f"{prefix}weight is packed: call hf_prune.to_dense(model) before loading weights.")
 
 
+def _kernel_of(codes: Tensor) -> Any:
+    return bitmask_kernel if codes.dtype == torch.int64 else decode_kernel
+
+
+@torch.library.custom_op("hf_prune::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
+    """x Wᵀ (rows, out) by the kernel that `codes` are of, as an operator of torch; `schedule` is a `Schedule` of that kernel."""
+    kernel = _kernel_of(codes)
+    return kernel.linear(x, values, codes, kernel.Schedule(*schedule))
+
+
+@packed_linear.register_fake
+def _(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.in_features = inputs[0].shape[1]
+
+
+def _backward(ctx, gradient: Tensor):
+    """Of x alone: the packed weight takes none. A model that is compiled outside of `no_grad` asks for it."""
+    values, codes = ctx.saved_tensors
+    return gradient @ _kernel_of(codes).unpack(values, codes, ctx.in_features), None, None, None
+
+
+packed_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _packed(x: Tensor, values: Tensor, codes: Tensor, *, bias: Tensor | None, schedules: tuple) -> Tensor:
+    schedule = _at(schedules, len(x))
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        y = packed_linear(x, values, codes, list(schedule))
+    else:  # an operator of Python's takes longer to call than the kernel to run
+        y = _kernel_of(codes).linear(x, values, codes, schedule)
+    return y if bias is None else y + bias
+
+
+def _cusparselt(x: Tensor, packed: Tensor, *, bias: Tensor | None, algorithms: tuple) -> Tensor:
+    """By its operator rather than its tensor, which knows one algorithm for all numbers of rows and gives back a transposed result."""
+    rows = len(x)
+    padded = (
+        functional.pad(x, (0, 0, 0, -rows % LEAST_ROWS)) if rows % LEAST_ROWS else x
+    ).contiguous()  # pad copies, if by nothing
+    y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True, alg_id=_at(algorithms, rows))
+    return y[:rows]
+
+
+def _library_of(name: str, weight: Tensor) -> Tensor:
+    """The form of a library: cuSPARSELt's is what it compresses a weight to, CUTLASS's a tensor of torch's."""
+    library = LIBRARIES[name].from_dense(weight.contiguous())  # checks shape, dtype and device
+    return library.packed if name == "cusparselt" else library
+
+
+def _dense_of(library: Tensor, in_features: int) -> Tensor:
+    if isinstance(library, LIBRARIES["cutlass"]):
+        return library.to_dense()
+    return torch._cslt_sparse_mm(library, torch.eye(in_features, dtype=library.dtype, device=library.device))
+
+
+def _kernel_for(weight: Tensor) -> Any:
+    return decode_kernel if decode_kernel.is_semi_structured(weight) else bitmask_kernel
+
+
 def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
     weight = linear.weight.detach()
     values = codes = library = None
-    if plan.forms & {"decode", "unpacked"}:
-        values, codes = decode_kernel.pack(weight)
+    if plan.forms & {*KERNELS, "unpacked"}:
+        values, codes = _kernel_for(weight).pack(weight)
     for name in plan.forms & set(LIBRARIES):
-        library = LIBRARIES[name].from_dense(weight.contiguous())
+        library = _library_of(name, weight)
         if values is not None and name == "cutlass" and _equal_bits(library.packed, values):
             values = library.packed  # the two differ in their indices alone
     for name, tensor in (("values", values), ("codes", codes), ("library", library)):
@@ -129,7 +199,7 @@ def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
     linear.plan, linear.trained = plan, linear.weight.requires_grad
     linear.__class__ = SemiStructuredLinear
     if "dense" not in plan.forms and (
-        values is not None or _equal_bits(library.to_dense(), weight)
+        values is not None or _equal_bits(_dense_of(library, linear.in_features), weight)
     ):  # -0.0 may come back as 0.0
         del linear._parameters["weight"]
 
@@ -180,20 +250,20 @@ def _speed_up(plan: Plan, rows: int) -> str:
 
 
 def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredReport:
-    """Packs the 2:4 linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
+    """Packs the sparse linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
 
-    `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
+    Taken are linears that are 2:4, and those with at least 40 % zeros anywhere, for which there is a kernel for one row. `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
     refused until `to_dense`. A linear for which nothing is faster than dense is left as it is. The first time the
     kernel is compiled in a dozen ways for each `in`; Triton remembers them.
 
     Args:
-        use: "any" is dense wherever no other form was a tenth faster alone, and takes the memory of all forms it needs; eager
-            `generate` waits for Python, in whatever form. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight,
-            and are slow for what they were not made for. (A library that would not give a weight back bit for bit does not
-            replace it.)
+        use: "any" is dense wherever no other form was 5 % faster, and takes the memory of all forms it needs; eager `generate`
+            waits for Python, in whatever form. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight (0.625 of an
+            unstructured one at 50 %, which has none for "prefill"), and are slow for what they were not made for. (A library that
+            would not give a weight back bit for bit does not replace it.)
 
     Raises:
-        TypeError, ValueError: no model, not on CUDA, nothing that is 2:4 in float16 or bfloat16; nothing has changed then. With
+        TypeError, ValueError: no model, not on CUDA, nothing sparse in float16 or bfloat16; nothing has changed then. With
             TRITON_INTERPRET=1 in the environment a model on the CPU is taken, for tests: exact, very slow, and not measured.
         ImportError: no Triton.
     """
@@ -206,7 +276,7 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
         raise ValueError("the model is packed already: call hf_prune.to_dense(model) first.")
     device = _device_of(model)
-    linears, dense = _eligible(model)
+    linears, dense = _eligible(model, use)
     if not linears:
         reasons = sorted(set(dense.values())) or ["it has no nn.Linear"]
         raise ValueError(f"nothing to pack: {'; '.join(reasons)}. Prune with pattern='2:4' and load in bfloat16 or float16.")
@@ -214,7 +284,8 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     plan_for = measured_plan if device.type == "cuda" else _interpreted_plan
     plans: dict[tuple, Plan] = {}
     for name, linear in linears.items():  # all that can fail comes before the first linear changes
-        key = *linear.weight.shape, linear.weight.dtype, linear.bias is None
+        kept = "2:4" if _kernel_for(linear.weight) is decode_kernel else round(_kept(linear.weight), 1)
+        key = *linear.weight.shape, linear.weight.dtype, linear.bias is None, kept
         plans[key] = report.plans[name] = plans.get(key) or plan_for(linear.weight.detach().contiguous(), linear.bias, use)
     report.dense = dense
     for name in [name for name, plan in report.plans.items() if plan.forms == {"dense"}]:
@@ -284,8 +355,12 @@ def _device_of(model: nn.Module) -> torch.device:
     return min(devices, key=str)
 
 
-def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linears that are 2:4, and why others are not taken: whatever has masks, and every `nn.Linear`."""
+def _kept(weight: Tensor) -> float:
+    return int(weight.detach().count_nonzero()) / weight.numel()
+
+
+def _eligible(model: nn.Module, use: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linears that can be packed, and why others are not taken: whatever has masks, and every `nn.Linear`."""
     masks = getattr(model, "pruning_masks", None) or {}
     patterns = getattr(masks, "patterns", {})
     owners: dict[int, int] = defaultdict(int)
@@ -293,6 +368,10 @@ def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
         owners[id(parameter)] += 1
     linears: dict[str, nn.Linear] = {}
     dense = {name.removesuffix(".weight"): "no nn.Linear" for name in masks}
+
+    def minus(weight: Tensor) -> bool:
+        return decode_kernel.is_semi_structured(weight + 0.0)
+
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -305,9 +384,9 @@ def _eligible(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
             dense[name] = "shares its weight"
         elif weight.dtype not in decode_kernel.DTYPES:
             dense[name] = f"{weight.dtype}, not float16 or bfloat16"
-        elif not decode_kernel.is_semi_structured(weight):
-            minus = decode_kernel.is_semi_structured(weight + 0.0)
-            dense[name] = "2:4 with zeros that are -0.0, write +0.0" if minus else f"not 2:4{f' but {pattern}' * bool(pattern)}"
+        elif not decode_kernel.is_semi_structured(weight) and (use == "prefill" or _kept(weight) > MOST_KEPT or minus(weight)):
+            dense[name] = f"not 2:4{f' but {pattern}' * bool(pattern)}"
+            dense[name] = "2:4 with zeros that are -0.0, write +0.0" if minus(weight) else dense[name]
         else:
             dense.pop(name, None)
             linears[name] = module
@@ -318,43 +397,47 @@ def _interpreted_plan(weight: Tensor, bias: Tensor | None, use: str) -> Plan:
     if use == "prefill":
         raise ValueError("use='prefill' needs sparse tensor cores, which Triton's interpreter has not: use 'any' or 'decode'.")
     tile = decode_kernel.Schedule(min(256, 1 << (len(weight) - 1).bit_length()), block_words=32, rows=decode_kernel.MAX_ROWS)
-    steps = (decode_kernel.MAX_ROWS, "decode"), (math.inf, "dense" if use == "any" else "unpacked")
-    return Plan(steps, ((math.inf, tile),), missing=dict.fromkeys(LIBRARIES, "no CUDA device"))
+    form, missing = "decode", dict.fromkeys(LIBRARIES, "no CUDA device")
+    if _kernel_for(weight) is bitmask_kernel:
+        form, tile, missing = "bitmask", bitmask_kernel.Schedule(block_out=4), {}
+    steps = (KERNELS[form].MAX_ROWS, form), (math.inf, "dense" if use == "any" else "unpacked")
+    return Plan(steps, ((math.inf, tile),), missing=missing)
 
 
 def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any") -> Plan:
-    """The fastest forms for a 2:4 `weight` (out, in) on its GPU; what fails there is in `missing`."""
+    """The fastest forms for a sparse `weight` (out, in) on its GPU; what fails there is in `missing`."""
     missing: dict[str, str] = {}
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"dense": partial(functional.linear, weight=weight, bias=bias)}
+    forms: dict[str, tuple] = {
+        "dense": (partial(functional.linear, bias=bias), weight)
+    }  # the product, and what it reads besides x
     schedules: tuple = ()
+    algorithms: tuple = ()
+    kernel = _kernel_for(weight)
+    ours = next(form for form, of in KERNELS.items() if of is kernel)
     if use != "prefill":
         try:
-            values, codes = decode_kernel.pack(weight)
-            schedules = _tuned(values, codes, weight)
-
-            def decode(x: Tensor) -> Tensor:
-                schedule = next(schedule for most, schedule in schedules if len(x) <= most)
-                y = decode_kernel.linear(x, values, codes, schedule)
-                return y if bias is None else y + bias
-
-            runs["decode"] = decode
+            packed = kernel.pack(weight)
+            schedules = _tuned(kernel, *packed, weight)
+            forms[ours] = partial(_packed, bias=bias, schedules=schedules), *packed
         except Exception as error:  # no compiler, an old GPU, ...: whatever it is, dense still runs, and the report says why
-            missing["decode"] = _first_line(error)
-    for name, kind in LIBRARIES.items() if use != "decode" else ():
+            missing[ours] = _first_line(error)
+    for name in LIBRARIES if use != "decode" and ours == "decode" else ():
         try:
-            library = kind.from_dense(weight)
-            runs[name] = partial(functional.linear, weight=library, bias=bias)
+            library = _library_of(name, weight)
+            run = partial(functional.linear, bias=bias)
+            if name == "cusparselt":
+                algorithms = _searched(library, weight, bias)
+                run = partial(_cusparselt, bias=bias, algorithms=algorithms)
             x = sample(PREFILL_ROWS, weight)
-            _compared(runs[name](x), runs["dense"](x))
+            _compared(run(x, library), functional.linear(x, weight, bias))
+            forms[name] = run, library
         except Exception as error:
-            runs.pop(name, None)
             missing[name] = _first_line(error)
     spent: dict[int, dict[str, float]] = {}
     for rows in ROWS:
-        x = sample(rows, weight)
-        fitting = {form: run for form, run in runs.items() if form != "decode" or rows <= decode_kernel.MAX_ROWS}
-        spent[rows] = {form: milliseconds(partial(run, x)) for form, run in fitting.items()}
-    return Plan(_steps(spent, use), schedules, spent, missing)
+        fitting = {name: form for name, form in forms.items() if name not in KERNELS or rows <= kernel.MAX_ROWS}
+        spent[rows] = {name: milliseconds(run, sample(rows, weight), *held) for name, (run, *held) in fitting.items()}
+    return Plan(_steps(spent, use), schedules, algorithms, spent, missing)
 
 
 def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
@@ -364,11 +447,11 @@ def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, s
     if use == "prefill":
         return ((math.inf, library),)
     if use == "decode":
-        packed = "decode" in spent[1]
-        return ((decode_kernel.MAX_ROWS, "decode"), (math.inf, "unpacked")) if packed else ((math.inf, "dense"),)
+        ours = next((form for form in KERNELS if form in spent[1]), None)
+        return ((KERNELS[ours].MAX_ROWS, ours), (math.inf, "unpacked")) if ours else ((math.inf, "dense"),)
     best = []
     for rows, measured in sorted(spent.items()):
-        form = min(set(measured) & {"dense", "decode", library}, key=measured.get)
+        form = min(set(measured) & {"dense", *KERNELS, library}, key=measured.get)
         best.append((rows, form if measured["dense"] > NOISE * measured[form] else "dense"))
     steps: list[tuple[float, str]] = []
     for (rows, form), (more, other) in zip(best, best[1:]):
@@ -378,17 +461,24 @@ def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, s
     return *steps, (math.inf, best[-1][1])
 
 
-def _tuned(values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[int, decode_kernel.Schedule], ...]:
-    """The fastest schedule for one row, for two, four and more, each checked against the dense product."""
-    tried = {rows: list(decode_kernel.Schedule.candidates(rows)) for rows in (1, 2, 4, decode_kernel.MAX_ROWS)}
+def _searched(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[tuple[float, int], ...]:
+    """cuSPARSELt's fastest kernel for each number of rows, by its own search."""
+    algorithms: list[tuple[float, int]] = []
+    for rows in ROWS:
+        if rows >= LEAST_ROWS:
+            number = torch._cslt_sparse_mm_search(packed, sample(rows, weight).t(), bias=bias, transpose_result=True)
+            algorithms.append((rows, number))
+    return *algorithms, (math.inf, algorithms[-1][1])
+
+
+def _tuned(kernel: Any, values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[float, tuple], ...]:
+    """The fastest schedule of one of our kernels for each number of rows, checked against the dense product."""
+    tried = {rows: list(kernel.Schedule.candidates(rows)) for rows in kernel.TUNED_ROWS}
     samples = {rows: sample(rows, weight) for rows in tried}
 
-    def run(rows: int, schedule: decode_kernel.Schedule) -> Callable[[], Tensor]:
-        return partial(decode_kernel.linear, samples[rows], values, codes, schedule)
-
-    def compiled(job: tuple[int, decode_kernel.Schedule]) -> None:
+    def compiled(job: tuple[int, tuple]) -> None:
         with contextlib.suppress(Exception):  # it will be told when it is timed
-            run(*job)()
+            kernel.linear(samples[job[0]], values, codes, job[1])
 
     if weight.is_cuda:
         with ThreadPoolExecutor() as pool:
@@ -399,14 +489,14 @@ def _tuned(values: Tensor, codes: Tensor, weight: Tensor) -> tuple[tuple[int, de
         seconds, problem = {}, RuntimeError("no schedule to try")
         for schedule in candidates:
             try:
-                _compared(run(rows, schedule)(), expected)
-                seconds[schedule] = milliseconds(run(rows, schedule))
+                _compared(kernel.linear(samples[rows], values, codes, schedule), expected)
+                seconds[schedule] = milliseconds(partial(kernel.linear, how=schedule), samples[rows], values, codes)
             except Exception as error:  # one that needs more than this GPU has
                 problem = error
         if not seconds:
             raise problem
         schedules.append((rows, min(seconds, key=seconds.get)))
-    return tuple(schedules)
+    return *schedules, (math.inf, schedules[-1][1])
 
 
 def _compared(y: Tensor, expected: Tensor) -> None:
@@ -425,8 +515,7 @@ def replayed(run: Callable[[], Any]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
+        run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -434,9 +523,22 @@ def replayed(run: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Median time of a replayed CUDA graph, with a cold cache, as in decoding, where every weight is read once a token."""
-    return decode_kernel.triton.testing.do_bench(replayed(run), warmup=2, rep=8, return_mode="median")
+def milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
+    """Median time of one of many `run(x, *weights)` within a replayed CUDA graph.
+
+    As in decoding, each call finds its weights in memory: it has a copy of them where they would stay in the L2 cache. The graph
+    reads a GiB, so that its own launch does not count.
+    """
+    size = sum(weight.nbytes for weight in weights)
+    copies = math.ceil(3 * torch.cuda.get_device_properties(x.device).L2_cache_size / size)
+    held = [weights, *(tuple(weight.clone() for weight in weights) for _ in range(copies - 1))]
+    calls = min(64, math.ceil(2**30 / size))
+
+    def all_calls() -> None:
+        for call in range(calls):
+            run(x, *held[call % copies])
+
+    return decode_kernel.triton.testing.do_bench(replayed(all_calls), warmup=2, rep=8, return_mode="median") / calls
 
 
 def _first_line(error: Exception) -> str:
@@ -446,6 +548,8 @@ def _first_line(error: Exception) -> str:
 def _bytes_held(linear: SemiStructuredLinear) -> int:
     """By all forms of the weight of `linear`; what two of them share counts once."""
     held = [linear._parameters.get("weight"), linear.values, linear.codes]
-    if linear.library is not None:  # its own nbytes would be those of the dense matrix
+    if isinstance(linear.library, LIBRARIES["cutlass"]):  # its own nbytes would be those of the dense matrix
         held += [getattr(linear.library, name) for name in linear.library.__tensor_flatten__()[0]]
+    else:
+        held.append(linear.library)
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}.values())
