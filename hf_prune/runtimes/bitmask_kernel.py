@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 from triton.language.extra import libdevice
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .decode_kernel import DTYPES, _half, as_groups, current, overlap
+from .decode_kernel import DTYPES, _half, as_groups, current
 
 
 MAX_ROWS = 4
@@ -96,7 +95,7 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
         _one_row[triton.cdiv(out_features, how.block_out), rows](
             x.view(torch.int64), values, codes, y, out_features, x.shape[1] // 4, words,
             DTYPE=DTYPES[x.dtype], BLOCK_WORDS=how.block_words, BLOCK_OUT=how.block_out, NATIVE=x.is_cuda,
-            num_warps=how.warps, **overlap(x.device),
+            num_warps=how.warps,
         )  # fmt: skip
     return y.to(values.dtype)
 
@@ -133,16 +132,13 @@ def _products(values, codes, out, out_features, word, words, x0, x1, x2, x3, NAT
 @triton.jit
 def _one_row(
     x, values, codes, y, out_features, groups, words: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, NATIVE: tl.constexpr, OVERLAP: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One row of x, int64 (rows, groups), with BLOCK_OUT of W -> y (rows, out)."""
     out = tl.program_id(0) * BLOCK_OUT
     x += tl.program_id(1) * groups
     a = tl.zeros((BLOCK_WORDS, 8), tl.float32)
     b, c, d = a, a, a
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     for start in range(0, words, BLOCK_WORDS):
         word = start + tl.arange(0, BLOCK_WORDS)
         group = word[:, None] * 8 + tl.arange(0, 8)[None, :]

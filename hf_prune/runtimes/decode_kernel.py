@@ -16,14 +16,12 @@ That is 2.25 bytes for each kept weight, 1.125 a weight, 0.5625 of dense. A grou
 of values and eight bytes of x (the whole group), and selects in registers. All reads are contiguous along `in`, 16 bytes a thread.
 One to four rows are multiplied with the weights by pairs, each by the x that its code selects. More rows build the dense tile of a lane
 (its zeros too) and give it to the tensor cores with the same columns of x. Sums are fp32. Narrow matrices split `in` over programs,
-each of which writes its own sums, so the result does not depend on their order. On Hopper and newer the kernel for a few rows is launched
-while the one before it ends, and waits for it before its first read.
+each of which writes its own sums, so the result does not depend on their order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +30,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 MAX_ROWS = 16
@@ -136,14 +133,12 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
     operand = DTYPES[x.dtype] if x.is_cuda else tl.float32
     y = x.new_empty(how.splits, rows, out_features, dtype=x.dtype if x.is_cuda and how.splits == 1 else torch.float32)
     grid = (triton.cdiv(out_features, how.block_out), how.splits, triton.cdiv(rows, how.rows))
-    kernel, x, launch = _many_rows, x, {}
-    if how.rows < MAX_ROWS:
-        kernel, x, launch = _few_rows, x.view(torch.int64), overlap(x.device)
+    kernel, x = (_many_rows, x) if how.rows == MAX_ROWS else (_few_rows, x.view(torch.int64))
     with current(x.device):
         kernel[grid](
             x, values.view(torch.int32), codes, y, rows, out_features, values.shape[1] // 2, words, triton.cdiv(words, 4 * how.splits) * 4,
             DTYPE=DTYPES[values.dtype], OPERAND=operand, BLOCK_OUT=how.block_out, BLOCK_WORDS=how.block_words, ROWS=how.rows,
-            num_warps=how.warps, num_stages=how.stages, **launch,
+            num_warps=how.warps, num_stages=how.stages,
         )  # fmt: skip
     return (y[0] if how.splits == 1 else y.sum(0)).to(values.dtype)
 
@@ -164,13 +159,6 @@ def current(device: torch.device) -> contextlib.AbstractContextManager:
     """Where Triton launches on `device`."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
-
-
-@functools.cache
-def overlap(device: torch.device) -> dict[str, bool]:
-    """The options with which a kernel is launched while the one before it ends, where that can be."""
-    able = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"OVERLAP": True, "launch_pdl": True} if able else {"OVERLAP": False}
 
 
 @triton.jit
@@ -204,7 +192,6 @@ def _dot(quad, first, second, one, two, then_two, then_three, DTYPE: tl.constexp
 def _few_rows(
     x, values, codes, y, rows, out_features, groups, words: tl.constexpr, split: tl.constexpr,
     DTYPE: tl.constexpr, OPERAND: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_WORDS: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Rows of x as int64 (rows, groups), values as int32 (out, groups), codes (out, words) -> y (splits, rows, out).
 
@@ -214,9 +201,6 @@ def _few_rows(
     inside_out = outs[:, None] < out_features
     begin, row = tl.program_id(1) * split, tl.program_id(2) * ROWS
     x += row * groups
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     last = rows - 1 - row  # rows past it are read as this one, and not written
     a = tl.zeros((BLOCK_OUT, BLOCK_WORDS), tl.float32)
     b, c, d = a, a, a
