@@ -1,12 +1,13 @@
 """Prune, quantise, both: bytes and perplexity of SmolLM2-135M, and whether the zeros were kept.
 
 `python benchmarks/quantise.py IDS` with a safetensors file of `calibration` and `evaluation` ids, as for benchmarks/export.py, whose
-pruned model it takes or makes. torchao quantises the linears of the blocks, nncf those, the embedding and the head.
+pruned model it takes or makes. torchao and bitsandbytes quantise the linears of the blocks, nncf those, the embedding and the head.
 """
 
 import argparse
 import pathlib
 import shutil
+import tempfile
 
 import nncf
 import openvino
@@ -15,6 +16,7 @@ import torch
 from export import perplexity, pruned
 from safetensors.torch import load_file
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_prune
 
@@ -23,6 +25,8 @@ SCHEMES = {
     "none": None,
     "torchao int8": Int8WeightOnlyConfig(),
     "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+    "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
     "nncf int8 (OpenVINO)": "int8",
     "nncf int4, groups of 64": "int4",
 }
@@ -79,7 +83,12 @@ def main():
                 size = sum(path.stat().st_size for path in folder.glob("*.bin"))
                 tell(scheme, name, checked, size, perplexity(hf_prune.load_exported(folder), windows))
                 continue
-            if config is not None and name == "dense":
+            if scheme.startswith("bitsandbytes"):  # it quantises while a model is loaded
+                with tempfile.TemporaryDirectory() as folder:
+                    model.save_pretrained(folder)
+                    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+                    checked = hf_prune.check_zeros(model) if name == "2:4" else 0
+            elif config is not None and name == "dense":
                 quantize_(
                     model, config, filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path
                 )

@@ -12,11 +12,13 @@ import numpy
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_prune
 from hf_prune.masks import Masks
 from hf_prune.runtimes import exporting, graph
 from hf_prune.runtimes.exported import REPORT
+from hf_prune.runtimes.quantised import as_read
 
 
 pytestmark = pytest.mark.xdist_group("export")  # they share what is made once in a process
@@ -193,6 +195,24 @@ class TestQuantised:
         assert hf_prune.check_zeros(model, pruned()) == pruned_weights
         four = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
         assert hf_prune.quantise(pruned("qwen2"), four) > 0
+
+    @pytest.mark.parametrize(
+        "scheme", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
+    )
+    def test_bitsandbytes_keeps_zeros(self, scheme, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        model = pruned("llama", hidden_size=64, intermediate_size=128)  # its blocks are of 64
+        model.save_pretrained(tmp_path)
+        config = BitsAndBytesConfig(**scheme, bnb_4bit_compute_dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+        linear = quantised.model.layers[0].mlp.up_proj
+        assert type(linear).__module__.startswith("bitsandbytes") and not linear.weight.is_floating_point()
+        pruned_weights = round(model.pruning_masks.sparsity() * model.pruning_masks.numel())
+        assert hf_prune.check_zeros(quantised) == hf_prune.check_zeros(quantised, model) == pruned_weights
+        read = as_read(linear, "weight")
+        torch.testing.assert_close(read.float(), model.model.layers[0].mlp.up_proj.weight, atol=0.05, rtol=0.2)
+        with pytest.raises(ValueError, match="quantized"):
+            quantised.prune(hf_prune.PruningConfig("magnitude", sparsity=0.5))
 
     def test_a_scheme_without_a_zero_is_refused_before_anything_changes(self, monkeypatch):
         torchao = pytest.importorskip("torchao.quantization")
