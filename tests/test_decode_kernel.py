@@ -248,6 +248,7 @@ else:
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
         monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 1.0)
         for in_features, fits in ((32, True), (30, False)):
             problems = advising._problems(16, in_features, torch.bfloat16)
@@ -353,6 +354,7 @@ else:
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda compressed, dense, **words: dense.shape[1] // 8)
         monkeypatch.setattr(semi_structured, "ROWS", (1, 8, 16, 32, semi_structured.PREFILL_ROWS))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
         monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
         linear = torch.nn.Linear(32, 16, bias=bias).bfloat16()
         linear.weight.data = weight = integers(16, 32, torch.bfloat16) + 0.0
@@ -389,10 +391,26 @@ else:
         infinity = float("inf")
         monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
         monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
         plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
-        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16, infinity]
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16, infinity] and plan.eager == plan.steps
+        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 0.1)
+        plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
+        assert str(plan) == "decode to 16 rows, dense above; eager: dense" and plan.forms == {"decode", "dense"}
+        linear = torch.nn.Linear(32, 16, bias=False).half()
+        linear.weight.data = integers(16, 32, torch.float16)
+        semi_structured._pack_in_place(linear, plan)
+        ran = []
+        monkeypatch.setattr(decode_kernel, "linear", lambda x, *_: ran.append(len(x)) or x.new_empty(len(x), 16))
+        for _ in range(2):
+            linear(torch.ones(1, 32).half())
+        assert ran == [1]  # once, to be loaded before a capture
+        monkeypatch.setattr(semi_structured, "_captured", lambda x: True)
+        linear(torch.ones(3, 32).half())
+        linear(torch.ones(17, 32).half())
+        assert ran == [1, 3]
         monkeypatch.undo()
 
         spent = {

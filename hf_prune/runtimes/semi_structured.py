@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,7 @@ class Plan:
             "cusparselt", "cutlass", "dense" or "unpacked", which makes the dense weight anew at each call.
         schedules: (most rows, schedule of our kernel).
         algorithms: (most rows, cuSPARSELt's number of the fastest of its kernels; the default's are far slower).
+        eager: as `steps`, where a call is neither captured nor compiled, so that the host's time counts too; empty: the same.
         milliseconds: rows -> form -> what was measured; empty in Triton's interpreter.
         missing: form -> why it could not be measured.
     """
@@ -62,19 +64,25 @@ class Plan:
     steps: tuple[tuple[float, str], ...]
     schedules: tuple[tuple[float, tuple], ...] = ()
     algorithms: tuple[tuple[float, int], ...] = ()
+    eager: tuple[tuple[float, str], ...] = ()
     milliseconds: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
     missing: dict[str, str] = field(default_factory=dict, compare=False)
 
-    def form(self, rows: int) -> str:
-        return _at(self.steps, rows)
+    def form(self, rows: int, eager: bool = False) -> str:
+        return _at(self.eager if eager and self.eager else self.steps, rows)
 
     @property
     def forms(self) -> set[str]:
-        return {form for _, form in self.steps}
+        return {form for _, form in self.steps + self.eager}
 
     def __str__(self) -> str:
-        bounds = [f"{form} to {most} rows" if most < math.inf else f"{form} above" for most, form in self.steps]
-        return ", ".join(bounds) if len(bounds) > 1 else self.steps[0][1]
+        eager = f"; eager: {_told(self.eager)}" if self.eager and self.eager != self.steps else ""
+        return _told(self.steps) + eager
+
+
+def _told(steps: tuple[tuple[float, str], ...]) -> str:
+    bounds = [f"{form} to {most} rows" if most < math.inf else f"{form} above" for most, form in steps]
+    return ", ".join(bounds) if len(bounds) > 1 else steps[0][1]
 
 
 def _at(steps: tuple[tuple[float, Any], ...], rows: int) -> Any:
@@ -92,6 +100,7 @@ class SemiStructuredLinear(nn.Linear):
     values: Tensor | None
     codes: Tensor | None
     library: Tensor | None
+    loaded: set[str]  # forms that ran, of those that run in a capture only
 
     @property
     def weight(self) -> Tensor:
@@ -104,13 +113,19 @@ class SemiStructuredLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         form = self.plan.form(len(flat))
+        if self.plan.eager and not _captured(flat):
+            captured, form = form, self.plan.form(len(flat), eager=True)
+            if captured != form and captured not in self.loaded:  # what runs first within a capture cannot be loaded there
+                self._product(captured, flat)
+                self.loaded.add(captured)
+        return self._product(form, flat).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, form: str, x: Tensor) -> Tensor:
         if form in KERNELS:
-            y = _packed(flat, self.values, self.codes, bias=self.bias, schedules=self.plan.schedules)
-        elif form == "cusparselt":
-            y = _cusparselt(flat, self.library, bias=self.bias, algorithms=self.plan.algorithms)
-        else:
-            y = functional.linear(flat, self.library if form == "cutlass" else self.weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+            return _packed(x, self.values, self.codes, bias=self.bias, schedules=self.plan.schedules)
+        if form == "cusparselt":
+            return _cusparselt(x, self.library, bias=self.bias, algorithms=self.plan.algorithms)
+        return functional.linear(x, self.library if form == "cutlass" else self.weight, self.bias)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -118,6 +133,10 @@ class SemiStructuredLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         raise ValueError(f"{prefix}weight is packed: call hf_prune.to_dense(model) before loading weights.")
+
+
+def _captured(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _kernel_of(codes: Tensor) -> Any:
@@ -196,7 +215,7 @@ def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
             values = library.packed  # the two differ in their indices alone
     for name, tensor in (("values", values), ("codes", codes), ("library", library)):
         linear.register_buffer(name, tensor, persistent=False)
-    linear.plan, linear.trained = plan, linear.weight.requires_grad
+    linear.plan, linear.loaded, linear.trained = plan, set(), linear.weight.requires_grad
     linear.__class__ = SemiStructuredLinear
     if "dense" not in plan.forms and (
         values is not None or _equal_bits(_dense_of(library, linear.in_features), weight)
@@ -257,8 +276,8 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     kernel is compiled in a dozen ways for each `in`; Triton remembers them.
 
     Args:
-        use: "any" is dense wherever no other form was 10 % faster, and takes the memory of all forms it needs; eager `generate`
-            waits for Python, in whatever form. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight (0.625 of an
+        use: "any" is dense wherever no other form was 10 % faster, and takes the memory of all forms it needs. What is
+            neither captured in a CUDA graph nor compiled waits for Python, and mostly stays dense there. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight (0.625 of an
             unstructured one at 50 %, which has none for "prefill"), and are slow for what they were not made for. (A library that
             would not give a weight back bit for bit does not replace it.)
 
@@ -317,7 +336,7 @@ def to_dense(model: nn.Module) -> nn.Module:
             weight, requires_grad = module.weight.detach(), module.trained
             for name in ("values", "codes", "library"):
                 delattr(module, name)
-            del module.plan, module.trained
+            del module.plan, module.loaded, module.trained
             module.__class__ = nn.Linear
             if "weight" not in module._parameters:
                 module.weight = nn.Parameter(weight, requires_grad=requires_grad)
@@ -441,7 +460,9 @@ def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any") -> Plan
     for rows in ROWS:
         fitting = {name: form for name, form in forms.items() if name not in KERNELS or rows <= kernel.MAX_ROWS}
         spent[rows] = {name: milliseconds(run, sample(rows, weight), *held) for name, (run, *held) in fitting.items()}
-    return Plan(_steps(spent, use), schedules, algorithms, spent, missing)
+    hosts = {name: _host_milliseconds(run, sample(1, weight), *held) for name, (run, *held) in forms.items()}
+    eager = {rows: {name: took + hosts[name] for name, took in by_form.items()} for rows, by_form in spent.items()}
+    return Plan(_steps(spent, use), schedules, algorithms, _steps(eager, use) if use == "any" else (), spent, missing)
 
 
 def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
@@ -543,6 +564,18 @@ def milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
             run(x, *held[call % copies])
 
     return decode_kernel.triton.testing.do_bench(replayed(all_calls), warmup=2, rep=8, return_mode="median") / calls
+
+
+def _host_milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
+    """Time that the host takes to launch `run(x, *weights)`."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize(x.device)
+        started = time.perf_counter()
+        for _ in range(20):
+            run(x, *weights)
+        times.append((time.perf_counter() - started) / 20 * 1e3)
+    return min(times)
 
 
 def _survived(error: Exception, weight: Tensor) -> str:
