@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from accelerate.utils import align_module_device
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
@@ -108,6 +109,10 @@ class Masks(MutableMapping[str, Tensor]):
         """Per parameter, how many pruned weights of `model` (of what this process has of it) are not zero; only those that have any."""
         found = {}
         for name, parameter in self.parameters_of(model).items():
+            if parameter.is_meta:  # accelerate has it elsewhere, and puts it in place within
+                path, _, attribute = name.rpartition(".")
+                with align_module_device(module := model.get_submodule(path)):
+                    parameter = getattr(module, attribute)
             weight, bits = in_this_process(parameter, self.packed(name))
             if weight.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
                 if not (pack(bit_patterns(weight) != 0) & ~bits.numpy()).any():

@@ -77,7 +77,7 @@ class PruningMixin:
         config = PruningConfig() if config is None else config
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
-        check_model(self)
+        check_model(self, elsewhere=not config.method.structural)
         state = settle(self)
 
         if config.method.structural:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from .blocks import Block, Decoder, Linear, Store, as_it_was
 from .calibration import batches_of, calibration_sequences
 from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
+from .elsewhere import Elsewhere
 from .gradients import gradients_by_block, model_gradients
 from .journal import Journal, fingerprint, on_disk
 from .masks import Masks
@@ -65,13 +67,21 @@ def prune_model(
     """
     started = time.perf_counter()
     ranks = checkpoint.ranks if checkpoint else Ranks.launched()
-    check_model(model, streamed=checkpoint is not None)
+    check_model(model, elsewhere=True)
+    elsewhere = None if checkpoint else Elsewhere.of(model)
+    places = checkpoint or elsewhere
+    if elsewhere and (resume_dir is not None or config.comparison_group == "model"):
+        what = "resume_dir" if resume_dir is not None else "comparison_group='model'"
+        raise ValueError(f"{what} needs all weights in place, and some are offloaded or sharded: load the model whole.")
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
     peak = count_peak(model)
-    with as_it_was(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_was(model))
+        if elsewhere:
+            stack.enter_context(elsewhere.in_charge())
         if checkpoint is None:
-            check_finite(model.named_parameters())
-        decoder = Decoder(model, checkpoint and checkpoint.present)
+            check_finite(elsewhere.stored.items() if elsewhere else model.named_parameters())
+        decoder = Decoder(model, places and places.present)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
         chosen = [linear for linear in linears if linear.name in patterns]
@@ -100,7 +110,7 @@ def prune_model(
             identity |= {"bf16": "true"} if bf16 else {}
             identity |= {
                 "calibration": fingerprint(sequences),
-                "weights": checkpoint.identity if checkpoint else fingerprint(model.parameters()),
+                "weights": checkpoint.identity if checkpoint else "" if elsewhere else fingerprint(model.parameters()),
                 "earlier masks": old_masks.digest()[:16],
                 "given masks": fixed_masks.digest()[:16],
                 "tokens_per_batch": str(tokens_per_batch),
@@ -113,12 +123,13 @@ def prune_model(
             elif resume_dir is not None and needs_data:
                 journal = Journal(resume_dir, identity, ranks)
         changed = parameters.values() if how is None else decoder.parameters
+        kept_of = elsewhere.kept_of if elsewhere else lambda parameter: parameter
         with Undo(() if checkpoint else changed) as undo:
             masks = checkpoint.masks if checkpoint else old_masks.renamed({name: name for name in old_masks})
             masks.update({name: old_masks[name] for name in old_masks if checkpoint and name not in parameters})
             plan = Plan(
                 decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks, masks,
-                ranks=ranks, reconstruction=how, before_change=(lambda parameter: None) if checkpoint else undo.save,
+                ranks=ranks, reconstruction=how, before_change=(lambda parameter: None) if checkpoint else (lambda parameter: undo.save(kept_of(parameter))),
                 bf16=bf16 and model.dtype == torch.float32,
             )  # fmt: skip
             gradient_seconds = 0.0
@@ -129,10 +140,11 @@ def prune_model(
                 if GradientNorm in config.method.needs and not by_block:
                     before = time.perf_counter()
                     some = sequences[: config.method.gradient_samples]
-                    find = gradients_by_block if checkpoint else _gradients
-                    plan.gradients_of = find(decoder, chosen, some, config.method, journal, ranks)
+                    find = gradients_by_block if places else _gradients
+                    place = Journal(stack.enter_context(tempfile.TemporaryDirectory()), {}, ranks) if elsewhere else journal
+                    plan.gradients_of = find(decoder, chosen, some, config.method, place, ranks)
                     gradient_seconds = time.perf_counter() - before
-                device = checkpoint.device if checkpoint else model.get_input_embeddings().weight.device
+                device = places.device if places else model.get_input_embeddings().weight.device
                 size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, device, sequences))
                 batches = batches_of(ranks.share(sequences), 1 if by_block else size)
                 if how:
@@ -181,8 +193,8 @@ def prune_model(
     return masks, report
 
 
-def check_model(model: nn.Module, streamed: bool = False) -> None:
-    """Refuses what cannot be pruned; of a model that is `streamed` no weight is there yet.
+def check_model(model: nn.Module, elsewhere: bool = False) -> None:
+    """Refuses what cannot be pruned; weights may be `elsewhere` where they are put in place part by part.
 
     Raises:
         TypeError, ValueError: no causal language model; quantized, offloaded or with adapters.
@@ -197,9 +209,9 @@ def check_model(model: nn.Module, streamed: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
-        if hasattr(parameter, "placements"):  # a DTensor
+        if hasattr(parameter, "placements") and not elsewhere:  # a DTensor
             raise ValueError(f"{name} is sharded over processes: load the model whole, or call hf_prune.prune_checkpoint.")
-        if parameter.is_meta and not streamed:
+        if parameter.is_meta and not elsewhere:
             raise ValueError(
                 f"{name} is offloaded (device 'meta'): load the model without that, or call hf_prune.prune_checkpoint."
             )

@@ -18,6 +18,7 @@ LEVELS = [
         "report",
         "journal",
         "checkpoint",
+        "elsewhere",
         "sequential",
         "evaluation",
         "reconstruction",

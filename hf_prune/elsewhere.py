@@ -1,0 +1,148 @@
+"""A model whose weights are not in its modules: accelerate keeps them on the CPU until they run (`device_map`), or FSDP2 has sharded them.
+
+Pruning puts them in place part by part, whole, with the hooks that would otherwise do so for a forward pass laid aside; what was
+changed goes back to where it stays. Leaves out weights on disk: see `streaming`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from torch import Tensor, nn
+
+from .blocks import blocks_of
+
+
+class Elsewhere:
+    """The weights of `model`, some of which are elsewhere.
+
+    Attributes:
+        stored: parameter -> the tensor that keeps its values; of a sharded one the rows of this process.
+        device: where the model computes.
+
+    Raises:
+        ValueError: some are on disk, or sharded other than by FSDP2 in rows; says what to do.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._sharded = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+        for module in self._sharded:
+            module.reshard()
+        self._hooks = {module: hook for module in model.modules() if (hook := _offloading(module))}
+        self.stored = {name: self._stored(name, p) for name, p in model.named_parameters()}
+        self.device = next((hook.execution_device for hook in self._hooks.values()), next(model.parameters()).device)
+        self.device = torch.device(self.device)
+        self._present: dict[nn.Parameter, tuple[nn.Parameter, Tensor]] = {}  # in place -> as it was, and where its values stay
+        self._changed: set[nn.Parameter] = set()
+        prefixes = [f"{block.name}." for block in blocks_of(model)]
+        self._modules: dict[int | None, list[tuple[str, nn.Module]]] = {}
+        for name, module in model.named_modules():
+            part = next((i for i, prefix in enumerate(prefixes) if f"{name}.".startswith(prefix)), None)
+            self._modules.setdefault(part, []).append((name, module))
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Elsewhere | None:
+        """None if all weights of `model` are in place."""
+        away = any(parameter.is_meta or hasattr(parameter, "placements") for parameter in model.parameters())
+        return cls(model) if away else None
+
+    @contextlib.contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Within, no hook of accelerate or FSDP2 moves weights."""
+        forwards = {module: vars(module).get("forward") for module in self._hooks}
+        hooks = [(h, dict(h)) for module in self._sharded for h in (module._forward_pre_hooks, module._forward_hooks)]
+        try:
+            for module in self._hooks:
+                module.forward = module._old_forward
+            for registered, all_hooks in hooks:
+                for key, hook in all_hooks.items():
+                    if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
+                        del registered[key]
+            yield
+        finally:
+            for module, forward in forwards.items():
+                module.forward = forward
+            for registered, all_hooks in hooks:
+                registered.clear()
+                registered.update(all_hooks)
+
+    @contextlib.contextmanager
+    def present(self, part: int | None) -> Iterator[None]:
+        """Within, the weights of block `part`, or with None of all that is outside of blocks, are in place."""
+        here: dict[int, nn.Parameter] = {}
+        replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        try:
+            for path, module in self._modules[part]:
+                device = torch.device(self._hooks[module].execution_device) if module in self._hooks else self.device
+                for name, parameter in module._parameters.items():
+                    if parameter is None or not (parameter.is_meta or hasattr(parameter, "placements")):
+                        continue
+                    if id(parameter) not in here:
+                        stored = self.stored[f"{path}.{name}"]
+                        whole = stored.to(device) if parameter.is_meta else parameter.detach().full_tensor()
+                        here[id(parameter)] = nn.Parameter(whole, requires_grad=False)
+                        self._present[here[id(parameter)]] = parameter, stored
+                    replaced.append((module._parameters, name, parameter))
+                    module._parameters[name] = here[id(parameter)]
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_meta:
+                        replaced.append((module._buffers, name, buffer))
+                        module._buffers[name] = self._hooks[module].weights_map[name].to(device)
+            yield
+            for whole in self._changed & {*here.values()}:
+                parameter, stored = self._present[whole]
+                stored.copy_(_rows(whole.detach(), parameter))
+        finally:
+            for registry, name, before in replaced:
+                registry[name] = before
+            for whole in here.values():
+                self._present.pop(whole, None)
+                self._changed.discard(whole)
+
+    def kept_of(self, parameter: nn.Parameter) -> Tensor:
+        """Where the values of a `parameter` that is present stay, before it is changed: it will be written back."""
+        if parameter not in self._present:
+            return parameter
+        self._changed.add(parameter)
+        return self._present[parameter][1]
+
+    def _stored(self, name: str, parameter: nn.Parameter) -> Tensor:
+        path, _, attribute = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if parameter.is_meta:
+            values = self._hooks[module].weights_map if module in self._hooks else {}
+            if attribute not in values or values[attribute] is not values[attribute]:  # read anew each time
+                where = "on disk" if attribute in values else "on the device 'meta'"
+                raise ValueError(
+                    f"{name} is {where}: call hf_prune.prune_checkpoint(src, dst, ...), which prunes from disk to disk, or load the "
+                    "model with more memory in max_memory=."
+                )
+            return values[attribute].detach()
+        if not hasattr(parameter, "placements"):
+            return parameter.detach()
+        rows = all(type(p).__name__ in ("Shard", "Replicate") and getattr(p, "dim", 0) == 0 for p in parameter.placements)
+        if not self._sharded or not rows:
+            raise ValueError(
+                f"{name} is sharded over processes as {parameter.placements}: load the model whole, shard it by FSDP2, in rows, or "
+                "call hf_prune.prune_checkpoint."
+            )
+        return parameter.detach().to_local()
+
+
+def _offloading(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
+
+
+def _rows(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this process keeps of the `whole` values of `parameter`."""
+    if parameter.is_meta:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
