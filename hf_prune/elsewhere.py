@@ -7,13 +7,18 @@ changed goes back to where it stays. Leaves out weights on disk: see `streaming`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .blocks import blocks_of
+from .masks import offloaded, offloading_hook
 
 
 class Elsewhere:
@@ -32,7 +37,7 @@ class Elsewhere:
         self._sharded = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
         for module in self._sharded:
             module.reshard()
-        self._hooks = {module: hook for module in model.modules() if (hook := _offloading(module))}
+        self._hooks = {module: hook for module in model.modules() if (hook := offloading_hook(module))}
         self.stored = {name: self._stored(name, p) for name, p in model.named_parameters()}
         self.device = next((hook.execution_device for hook in self._hooks.values()), next(model.parameters()).device)
         self.device = torch.device(self.device)
@@ -48,7 +53,14 @@ class Elsewhere:
     def of(cls, model: nn.Module) -> Elsewhere | None:
         """None if all weights of `model` are in place."""
         away = any(parameter.is_meta or hasattr(parameter, "placements") for parameter in model.parameters())
-        return cls(model) if away else None
+        sharded = any(hasattr(module, "_get_fsdp_state") for module in model.modules())  # whole for now, perhaps
+        return cls(model) if away or sharded else None
+
+    @property
+    def numel(self) -> int:
+        """Of all parameters; accelerate makes two of those that are tied."""
+        sizes = {self.stored[name].data_ptr() or name: p.numel() for name, p in self._model.named_parameters()}
+        return sum(sizes.values())
 
     @contextlib.contextmanager
     def in_charge(self) -> Iterator[None]:
@@ -56,11 +68,12 @@ class Elsewhere:
         forwards = {module: vars(module).get("forward") for module in self._hooks}
         hooks = [(h, dict(h)) for module in self._sharded for h in (module._forward_pre_hooks, module._forward_hooks)]
         try:
-            for module in self._hooks:
-                module.forward = module._old_forward
+            for module, hook in self._hooks.items():
+                module.forward = partial(_run, hook, module._old_forward)
             for registered, all_hooks in hooks:
                 for key, hook in all_hooks.items():
-                    if type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed"):
+                    bound = inspect.unwrap(hook, stop=lambda f: hasattr(f, "__self__"))
+                    if type(getattr(bound, "__self__", None)).__module__.startswith("torch.distributed"):
                         del registered[key]
             yield
         finally:
@@ -83,7 +96,7 @@ class Elsewhere:
                         continue
                     if id(parameter) not in here:
                         stored = self.stored[f"{path}.{name}"]
-                        whole = stored.to(device) if parameter.is_meta else parameter.detach().full_tensor()
+                        whole = stored.to(device, copy=True) if parameter.is_meta else parameter.detach().full_tensor()
                         here[id(parameter)] = nn.Parameter(whole, requires_grad=False)
                         self._present[here[id(parameter)]] = parameter, stored
                     replaced.append((module._parameters, name, parameter))
@@ -111,32 +124,35 @@ class Elsewhere:
         return self._present[parameter][1]
 
     def _stored(self, name: str, parameter: nn.Parameter) -> Tensor:
-        path, _, attribute = name.rpartition(".")
-        module = self._model.get_submodule(path)
         if parameter.is_meta:
-            values = self._hooks[module].weights_map if module in self._hooks else {}
-            if attribute not in values or values[attribute] is not values[attribute]:  # read anew each time
-                where = "on disk" if attribute in values else "on the device 'meta'"
+            values, again = offloaded(self._model, name), offloaded(self._model, name)
+            if values is None or values is not again:  # read anew each time
+                where = "on the device 'meta'" if values is None else "on disk"
                 raise ValueError(
                     f"{name} is {where}: call hf_prune.prune_checkpoint(src, dst, ...), which prunes from disk to disk, or load the "
                     "model with more memory in max_memory=."
                 )
-            return values[attribute].detach()
+            return values.detach()
         if not hasattr(parameter, "placements"):
             return parameter.detach()
-        rows = all(type(p).__name__ in ("Shard", "Replicate") and getattr(p, "dim", 0) == 0 for p in parameter.placements)
-        if not self._sharded or not rows:
+        in_rows = all(type(p).__name__ in ("Shard", "Replicate") and getattr(p, "dim", 0) == 0 for p in parameter.placements)
+        if not self._sharded or not in_rows:
             raise ValueError(
                 f"{name} is sharded over processes as {parameter.placements}: load the model whole, shard it by FSDP2, in rows, or "
                 "call hf_prune.prune_checkpoint."
             )
-        return parameter.detach().to_local()
+        rows = parameter.detach().to_local()
+        if rows.device.type != parameter.device_mesh.device_type:
+            raise ValueError(
+                f"{name} is on {rows.device.type}, by CPUOffloadPolicy: leave that out, or call hf_prune.prune_checkpoint."
+            )
+        return rows
 
 
-def _offloading(module: nn.Module) -> AlignDevicesHook | None:
-    hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
+def _run(hook: AlignDevicesHook, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What is left of the `hook` of accelerate: inputs come to where the module computes."""
+    device = hook.execution_device
+    return forward(*send_to_device(args, device), **send_to_device(kwargs, device, skip_keys=hook.skip_keys))
 
 
 def _rows(whole: Tensor, parameter: nn.Parameter) -> Tensor:

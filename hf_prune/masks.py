@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from accelerate.utils import align_module_device
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
@@ -98,21 +98,32 @@ class Masks(MutableMapping[str, Tensor]):
         """Writes +0.0 in place at every pruned weight of `model`.
 
         Raises:
-            ValueError: a mask has no parameter of its name and shape; no weight is changed then.
+            ValueError: a mask has no parameter of its name and shape, or that is quantised or on disk; no weight is changed then.
         """
-        for name, parameter in self.parameters_of(model).items():
+        parameters = self.parameters_of(model)
+        for name, parameter in parameters.items():
+            if not parameter.is_floating_point() or (
+                parameter.is_meta and offloaded(model, name) is not offloaded(model, name)
+            ):
+                raise ValueError(
+                    f"{name} is quantised or offloaded to disk, and is not changed there: load the model without that."
+                )
+        for name, parameter in parameters.items():
+            parameter = offloaded(model, name) if parameter.is_meta else parameter
             weight, bits = in_this_process(parameter, self.packed(name))
             zero_pruned_(weight, bits.to(weight.device))
 
     @torch.no_grad()
     def violations(self, model: nn.Module) -> dict[str, int]:
-        """Per parameter, how many pruned weights of `model` (of what this process has of it) are not zero; only those that have any."""
+        """Per parameter, how many pruned weights of `model` (of what this process has of it) are not zero; only those that have any.
+
+        What a quantizer has stored in numbers of its own is passed over: `check_zeros` reads it.
+        """
         found = {}
         for name, parameter in self.parameters_of(model).items():
-            if parameter.is_meta:  # accelerate has it elsewhere, and puts it in place within
-                path, _, attribute = name.rpartition(".")
-                with align_module_device(module := model.get_submodule(path)):
-                    parameter = getattr(module, attribute)
+            if not parameter.is_floating_point():
+                continue
+            parameter = offloaded(model, name) if parameter.is_meta else parameter
             weight, bits = in_this_process(parameter, self.packed(name))
             if weight.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
                 if not (pack(bit_patterns(weight) != 0) & ~bits.numpy()).any():
@@ -132,7 +143,7 @@ class Masks(MutableMapping[str, Tensor]):
         for name in self:
             if name not in parameters:
                 raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
-            if tuple(parameters[name].shape) != self.shape(name):
+            if parameters[name].is_floating_point() and tuple(parameters[name].shape) != self.shape(name):
                 raise ValueError(
                     f"the masks do not belong to this model: {name} has shape {tuple(parameters[name].shape)}, its mask "
                     f"{self.shape(name)}. Take the masks that were saved with it."
@@ -280,6 +291,19 @@ def in_this_process(parameter: Tensor, packed: numpy.ndarray) -> tuple[Tensor, T
         bits = distribute_tensor(bits.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)
         bits, parameter = bits.to_local().cpu(), parameter.to_local()
     return parameter, bits
+
+
+def offloaded(model: nn.Module, name: str) -> Tensor | None:
+    """The values of a parameter that accelerate keeps elsewhere; those on disk are read anew at each call. None: it has none."""
+    path, _, attribute = name.rpartition(".")
+    hook = offloading_hook(model.get_submodule(path))
+    return hook.weights_map[attribute] if hook and attribute in hook.weights_map else None
+
+
+def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
 
 
 def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,13 @@ def prune_model(
         what = "resume_dir" if resume_dir is not None else "comparison_group='model'"
         raise ValueError(f"{what} needs all weights in place, and some are offloaded or sharded: load the model whole.")
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
-    peak = count_peak(model)
+    peak = count_peak(model, places and places.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(model))
         if elsewhere:
             stack.enter_context(elsewhere.in_charge())
         if checkpoint is None:
-            check_finite(elsewhere.stored.items() if elsewhere else model.named_parameters())
+            _check_finite(elsewhere.stored.items() if elsewhere else model.named_parameters(), ranks)
         decoder = Decoder(model, places and places.present)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
@@ -163,6 +163,7 @@ def prune_model(
                 known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
                 if str(patterns[linear.name]) not in known.split(", "):
                     masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
+            size = elsewhere.numel if elsewhere else sum(p.numel() for p in model.parameters())
             report = PruningReport(
                 config={
                     **config.to_dict(),
@@ -172,7 +173,7 @@ def prune_model(
                 model=type(model).__name__,
                 blocks=blocks,
                 sparsity=masks.sparsity(),
-                model_sparsity=masks.sparsity() * masks.numel() / sum(p.numel() for p in model.parameters()),
+                model_sparsity=masks.sparsity() * masks.numel() / size,
                 sequences=len(sequences),
                 tokens=sum(map(len, sequences)),
                 seconds=time.perf_counter() - started,
@@ -191,6 +192,17 @@ def prune_model(
     }.items():
         logger.warning(f"{name}: {why}")
     return masks, report
+
+
+def _check_finite(parameters: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
+    """As `check_finite`, in all processes, each of which may have other rows."""
+    try:
+        check_finite(parameters)
+        problem = ""
+    except ValueError as error:
+        problem = str(error)
+    if problems := [told for told in ranks.gathered(problem) if told]:
+        raise ValueError(problems[0])
 
 
 def check_model(model: nn.Module, elsewhere: bool = False) -> None:
@@ -353,9 +365,9 @@ def _batch_tokens(model: PreTrainedModel, device: torch.device, sequences: list[
     return max(_CPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // (3 * per_token))
 
 
-def count_peak(model: PreTrainedModel) -> Callable[[], int | None]:
-    """Counts the highest memory from now on; tells it in bytes when called, or None where the system does not."""
-    device = next(model.parameters()).device
+def count_peak(model: PreTrainedModel, device: torch.device | None = None) -> Callable[[], int | None]:
+    """Counts the highest memory from now on, of `device` or of the model's; tells it in bytes when called, or None where the system does not."""
+    device = device or next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)

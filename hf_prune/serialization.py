@@ -219,7 +219,7 @@ def settle(
     """The state that belongs to the place `model` was loaded from, put on the instance; None if it was not pruned.
 
     `state` is what was read from there already, if it was. What a quantizer has stored in numbers of its own is not compared with the
-    masks here: `check_zeros` reads it.
+    masks.
 
     Raises:
         ValueError: the masks there do not belong to this model, or its pruned weights are not zero.
@@ -235,9 +235,7 @@ def settle(
     try:
         known = {**model.__dict__.get(SOURCE, {}), "token": _TOKENS.get(model)}
         state = state or _read(config, **{**known, **hub})
-        parameters = dict(model.named_parameters())
-        stored = any(name in parameters and not parameters[name].is_floating_point() for name in state.masks)
-        if violations := {} if stored else state.masks.violations(model):
+        if violations := state.masks.violations(model):
             name, count = next(iter(violations.items()))
             problem = (
                 f"the masks in {config._name_or_path!r} do not agree with the weights: {count} pruned weights of {name} are "

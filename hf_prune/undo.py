@@ -39,7 +39,7 @@ class Undo:
         Raises:
             OSError: the file took not all that was saved; what it did not take is kept in memory.
         """
-        if parameter in self._places:
+        if parameter in self._places or not parameter.numel():  # of one that FSDP2 has sharded, this process may have no rows
             return
         values, place = parameter.detach().contiguous(), self._end
         copied = None

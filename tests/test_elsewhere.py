@@ -29,6 +29,11 @@ CONFIGS = {
 SHARDED = [("llama", name) for name in CONFIGS] + [("mixtral", "sparsegpt"), ("mixtral", "gblm by block"), ("gpt2", "wanda")]
 
 
+def offloaded_values(model, name):
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path)._hf_hook.weights_map[last]
+
+
 def offloaded(family: str, **changes):
     model = make(family, **changes)
     cpu_offload(model, execution_device="cpu")
@@ -38,8 +43,7 @@ def offloaded(family: str, **changes):
 
 def kept(model) -> dict[str, torch.Tensor]:
     """The values that accelerate has."""
-    owners = {name: name.rpartition(".") for name, _ in model.named_parameters()}
-    return {name: model.get_submodule(path)._hf_hook.weights_map[last].clone() for name, (path, _, last) in owners.items()}
+    return {name: offloaded_values(model, name).clone() for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
@@ -53,6 +57,7 @@ def test_offloaded_is_pruned_as_in_memory(family, name):
     assert forwards == [module.forward for module in model.modules() if hasattr(module, "_hf_hook")]
     assert all(torch.equal(kept(model)[name], value) for name, value in whole.named_parameters())
     assert model.pruning_masks.digest() == whole.pruning_masks.digest() and not model.pruning_masks.violations(model)
+    assert model.pruning_report.model_sparsity == report.model_sparsity
     with torch.no_grad():
         assert torch.equal(model(ids[0][None]).logits, whole(ids[0][None]).logits)
 
@@ -66,6 +71,11 @@ def test_offloaded_is_rebuilt_pruned_further_and_saved(tmp_path):
     model.hf_device_map = {"model": "cpu", "lm_head": 0}  # as from_pretrained notes it
     model.save_pretrained(tmp_path)
     assert same(hf_prune.load(tmp_path), snapshot(whole))
+    name = "model.layers.0.mlp.up_proj.weight"
+    offloaded_values(model, name).fill_(1.0)
+    assert list(model.pruning_masks.violations(model)) == [name]
+    model.pruning_masks.apply(model)
+    assert not model.pruning_masks.violations(model) and offloaded_values(model, name).max() == 1.0
 
 
 def test_a_failure_leaves_offloaded_weights(monkeypatch):
@@ -83,6 +93,16 @@ def test_a_failure_leaves_offloaded_weights(monkeypatch):
     assert all(torch.equal(value, before[name]) for name, value in kept(model).items())
     assert all(parameter.is_meta for parameter in model.parameters())
     assert forwards == [module.forward for module in model.modules()] and model.pruning_masks is None
+
+
+def test_undo_of_no_rows():
+    empty, weight = torch.empty(0, 4), torch.ones(2, 4)
+    with pytest.raises(KeyboardInterrupt), Undo([empty, weight]) as undo:
+        undo.save(empty)
+        undo.save(weight)
+        weight.zero_()
+        raise KeyboardInterrupt
+    assert weight.all()
 
 
 def test_what_needs_weights_in_place(tmp_path):
@@ -160,6 +180,31 @@ for family, name in SHARDED:
     with torch.no_grad():
         logits = model(ids[0][None]).logits
     found[family, name] = whole(model), model.pruning_masks.digest(), logits
+# Whole for now: one group that stays so after a forward pass; and a group of several modules.
+for how in ("root", "together"):
+    model = make("llama")
+    if how == "together":
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    if how == "root":
+        with torch.no_grad():
+            model(ids[0][None])
+        assert not any(hasattr(parameter, "placements") for parameter in model.parameters())
+    model.prune(CONFIGS["wanda"], ids)
+    with torch.no_grad():
+        logits = model(ids[0][None]).logits
+    found["llama", how] = whole(model), model.pruning_masks.digest(), logits
+
+bad = sharded("llama")
+if dist.get_rank() == 1:
+    bad.model.layers[1].mlp.up_proj.weight.detach().to_local().fill_(torch.nan)
+try:
+    bad.prune(CONFIGS["wanda"], ids)
+    raise AssertionError("it did not refuse")
+except ValueError as error:
+    assert "layers.1.mlp.up_proj.weight are not finite" in str(error)
 torch.save(found, f"{sys.argv[2]}/{dist.get_rank()}.pt")
 dist.barrier()
 """
@@ -185,13 +230,13 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(2)]
 
 
-@pytest.mark.parametrize(("family", "name"), SHARDED)
+@pytest.mark.parametrize(("family", "name"), [*SHARDED, ("llama", "root"), ("llama", "together")])
 def test_sharded_is_pruned_in_place(family, name, two):
     """The same masks on both processes, those of one process but for ties of rounding, and a model that still runs under FSDP2."""
     (values, digest, logits), (others, other_digest, _) = (found[family, name] for found in two)
     assert digest == other_digest and all(torch.equal(value, others[key]) for key, value in values.items())
     one = make(family)
-    one.prune(CONFIGS[name], ids_for())
+    one.prune(CONFIGS.get(name, CONFIGS["wanda"]), ids_for())
     for key, value in one.named_parameters():
         agree = ((value != 0) == (values[key] != 0)).float().mean()
         assert agree > 0.99, (key, agree)

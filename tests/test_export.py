@@ -211,6 +211,11 @@ class TestQuantised:
         assert hf_prune.check_zeros(quantised) == hf_prune.check_zeros(quantised, model) == pruned_weights
         read = as_read(linear, "weight")
         torch.testing.assert_close(read.float(), model.model.layers[0].mlp.up_proj.weight, atol=0.05, rtol=0.2)
+        quantised.save_pretrained(tmp_path / "again")
+        again = hf_prune.load(tmp_path / "again", device_map="cpu")
+        assert hf_prune.check_zeros(again) == pruned_weights and again.pruning_masks.digest() == model.pruning_masks.digest()
+        with pytest.raises(ValueError, match="quantised"):
+            quantised.pruning_masks.apply(quantised)
         with pytest.raises(ValueError, match="quantized"):
             quantised.prune(hf_prune.PruningConfig("magnitude", sparsity=0.5))
 

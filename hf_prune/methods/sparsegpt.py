@@ -68,20 +68,12 @@ class SparseGPT(Method):
     def _solve(self, w: Tensor, feedback: Tensor, curvature: Tensor, choice: _Choice) -> None:
         """Turns W^T `w` (in, rows) into the new one, in place; what is pruned is in `choice.gone`."""
         n, rows = w.shape
-        span = choice.columns or _TILE  # columns that take one another's changes as they come ...
-        tile = -(-_TILE // span) * span  # ... which later spans of a tile do in one product, and later tiles in another
-        step = min(n, self.block_size if choice.columns == 0 else -(-self.block_size // span) * span)
+        step = min(n, -(-self.block_size // (choice.columns or 1)) * (choice.columns or 1))
         kernel = _slab_kernel(w.device, step)
         error = torch.empty_like(w)  # original minus new weight, of the columns that are done
-        slab, change, gone = (torch.empty(step, rows, device=w.device) for _ in range(3))
+        slab, gone = (torch.empty(step, rows, device=w.device) for _ in range(2))
         decay = torch.zeros(step, step, device=w.device)  # [j, i]: what column j takes over of a change of column i
-        # Making a view takes as long as the arithmetic on a column, so all are made here.
-        columns, changes, is_gone = slab.unbind(), change.unbind(), gone.unbind()
-        within, across = [], []
-        for j in range(0, step, span):
-            t = slice(j // tile * tile, j // tile * tile + tile)
-            across.append((slab[j : j + span], decay[j : j + span, t], change[t]))
-            within += [(change[j : j + span].t(), row) for row in decay[j : j + span, j : j + span].unbind()]
+        walk = None if kernel else _Walk(slab, gone, decay, choice)
         for a in range(0, n, step):
             size = min(step, n - a)
             b = a + size
@@ -96,21 +88,7 @@ class SparseGPT(Method):
                 nm = (choice.pattern.n, choice.pattern.m) if choice.columns else (0, 0)
                 kernel.solve_slab(slab[:size], decay, gone[:size], curvature[a:b], dropped, nm)
             else:
-                change.zero_()  # of the compensated weights; those still to come count for nothing
-                for j in range(0, size, span):
-                    if choice.columns:
-                        part, taken, before = across[j // span]
-                        if j % tile:
-                            part.addmm_(taken, before, alpha=-1)
-                        choice.at_span(a + j, part, curvature, gone[j : j + span])
-                    end = min(j + span, size)
-                    for i in range(j, end):
-                        if i > j:
-                            columns[i].addmv_(*within[i], alpha=-1)
-                        torch.mul(columns[i], is_gone[i], out=changes[i])
-                    if end % tile == 0 and end < size:
-                        slab[end:size].addmm_(decay[end:size, end - tile : end], change[end - tile : end], alpha=-1)
-                slab[:size].sub_(change[:size])  # kept weights stay as they are, the others are exactly zero
+                walk.solve(a, size, curvature)
             torch.sub(w[a:b], slab[:size], out=error[a:b])
             w[a:b] = slab[:size]
             if choice.columns:
@@ -135,6 +113,44 @@ def _kernel_on(device: torch.device) -> ModuleType | None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(f"the kernel of SparseGPT does not run on {device}, which makes it slower: {reason}", stacklevel=2)
         return None
+
+
+class _Walk:
+    """Solves a slab column after column, where no kernel does: `slab` (columns, rows) in place, `gone` being what is pruned of it."""
+
+    def __init__(self, slab: Tensor, gone: Tensor, decay: Tensor, choice: _Choice):
+        self._slab, self._gone, self._decay, self._choice = slab, gone, decay, choice
+        self._span = choice.columns or _TILE  # columns that take one another's changes as they come ...
+        self._tile = (
+            -(-_TILE // self._span) * self._span
+        )  # ... which later spans of a tile do in one product, and later tiles in another
+        self._change = torch.empty_like(slab)
+        # Making a view takes as long as the arithmetic on a column, so all are made here.
+        self._columns, self._changes, self._is_gone = slab.unbind(), self._change.unbind(), gone.unbind()
+        self._within, self._across = [], []
+        for j in range(0, len(slab), self._span):
+            t, own = slice(j // self._tile * self._tile, j // self._tile * self._tile + self._tile), slice(j, j + self._span)
+            self._across.append((slab[own], decay[own, t], self._change[t]))
+            self._within += [(self._change[own].t(), row) for row in decay[own, own].unbind()]
+
+    def solve(self, a: int, size: int, curvature: Tensor) -> None:
+        """The slab's first `size` columns, which are those from `a` on of the weight."""
+        slab, change, tile = self._slab, self._change, self._tile
+        change.zero_()  # of the compensated weights; those still to come count for nothing
+        for j in range(0, size, self._span):
+            end = min(j + self._span, size)
+            if self._choice.columns:
+                part, taken, before = self._across[j // self._span]
+                if j % tile:
+                    part.addmm_(taken, before, alpha=-1)
+                self._choice.at_span(a + j, part, curvature, self._gone[j : j + self._span])
+            for i in range(j, end):
+                if i > j:
+                    self._columns[i].addmv_(*self._within[i], alpha=-1)
+                torch.mul(self._columns[i], self._is_gone[i], out=self._changes[i])
+            if end % tile == 0 and end < size:
+                slab[end:size].addmm_(self._decay[end:size, end - tile : end], change[end - tile : end], alpha=-1)
+        slab[:size].sub_(change[:size])  # kept weights stay as they are, the others are exactly zero
 
 
 class _Choice:

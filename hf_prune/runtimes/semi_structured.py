@@ -555,15 +555,23 @@ def milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
     reads a GiB, so that its own launch does not count.
     """
     size = sum(weight.nbytes for weight in weights)
-    copies = math.ceil(3 * torch.cuda.get_device_properties(x.device).L2_cache_size / size)
-    held = [weights, *(tuple(weight.clone() for weight in weights) for _ in range(copies - 1))]
     calls = min(64, math.ceil(2**30 / size))
+    copies = min(calls, math.ceil(3 * torch.cuda.get_device_properties(x.device).L2_cache_size / size))
+    held = [weights, *(tuple(map(_copied, weights)) for _ in range(copies - 1))]
 
     def all_calls() -> None:
         for call in range(calls):
             run(x, *held[call % copies])
 
     return decode_kernel.triton.testing.do_bench(replayed(all_calls), warmup=2, rep=8, return_mode="median") / calls
+
+
+def _copied(weight: Tensor) -> Tensor:
+    if not isinstance(weight, LIBRARIES["cutlass"]):
+        return weight.clone()
+    names, about = weight.__tensor_flatten__()  # older torch cannot clone it
+    parts = {name: getattr(weight, name).clone() for name in names}
+    return type(weight).__tensor_unflatten__(parts, about, weight.shape, weight.stride())
 
 
 def _host_milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
