@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 
-.PHONY: demo export test test-legacy style quality bench cards
+.PHONY: demo export test test-bitsandbytes test-legacy style quality bench cards
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +21,12 @@ export: $(VENV)/runtimes  ## SmolLM2-135M at 2:4 in ONNX Runtime and OpenVINO, a
 	$(VENV)/bin/python examples/export.py
 
 test: $(VENV)/runtimes  ## the tests, about three minutes
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+
+test-bitsandbytes: $(VENV)/runtimes  ## apart, for every process that imports PEFT would import it too
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[bitsandbytes]'
+	$(VENV)/bin/python -m pytest -q tests/test_export.py -k bitsandbytes
+	$(VENV)/bin/pip uninstall --quiet --yes bitsandbytes
 
 # The oldest kind of transformers that is supported, where experts are separate modules and decoder layers return tuples.
 test-legacy:
@@ -29,7 +34,7 @@ test-legacy:
 	.venv-legacy/bin/pip install --quiet torch==2.13.0
 	.venv-legacy/bin/pip install --quiet --editable '.[test]' 'transformers==4.57.6' 'optimum-onnx[onnxruntime]==0.1.0' 'optimum-intel[openvino]==1.27.0'
 	.venv-legacy/bin/pip uninstall --quiet --yes torchvision
-	.venv-legacy/bin/python -m pytest -q -n 2 --dist loadgroup tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
+	.venv-legacy/bin/python -m pytest -q -n 2 --dist loadfile tests/test_contract.py tests/test_saving.py tests/test_perp.py tests/test_structural.py tests/test_trl.py tests/test_export.py
 
 style: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .

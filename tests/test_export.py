@@ -21,9 +21,6 @@ from hf_prune.runtimes.exported import REPORT
 from hf_prune.runtimes.quantised import as_read
 
 
-pytestmark = pytest.mark.xdist_group("export")  # they share what is made once in a process
-
-
 onnx = pytest.importorskip("onnx")
 NATIVE = exporting._is_native()
 HERE = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}

@@ -295,18 +295,19 @@ def test_sharded_parameters_are_refused():
         KeepMasksCallback().on_train_begin(None, None, None, model=model)
 
 
-@pytest.mark.parametrize("kind", ["mask_lora", "full"])
-def test_two_processes(kind, tmp_path):
-    code = f"""
+def test_two_processes(tmp_path):
+    code = """
 import test_perp
-model = test_perp.pruned()
-masks = model.pruning_masks
-test_perp.train(model, "run", test_perp.PERPCallback(train={kind!r}), save_strategy="steps", save_steps=3)
-assert test_perp.holds(model, masks)
+for kind in ("mask_lora", "full"):
+    model = test_perp.pruned()
+    masks = model.pruning_masks
+    test_perp.train(model, kind, test_perp.PERPCallback(train=kind), save_strategy="steps", save_steps=3)
+    assert test_perp.holds(model, masks)
 """
     in_two_processes(tmp_path, code)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-3")
-    assert not plain.pruning_masks.violations(plain)
+    for kind in ("mask_lora", "full"):
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / kind / "checkpoint-3")
+        assert not plain.pruning_masks.violations(plain)
 
 
 # accelerate shards on accelerators only; all that it does then runs on CPUs too.
@@ -358,42 +359,59 @@ assert all(torch.equal(p, found[name]) for name, p in model.named_parameters())
     in_two_processes(tmp_path, code)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="Trainer of 4.57 takes FSDP2 from accelerate's launcher alone")
-@pytest.mark.parametrize(
-    "family, kinds", [("llama", ("mask_lora", "norm")), ("gpt2", ("spp_lora", "head")), ("llama", ("full",))]
-)
-def test_perp_under_fsdp2(family, kinds, tmp_path):
-    """The same as in one process, merged rows by rows; training goes on from a checkpoint, and the model runs afterwards."""
-    layer = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block"}[family]
+FSDP2 = {
+    "mask_lora": ("llama", "LlamaDecoderLayer", ("mask_lora", "norm")),
+    "spp_lora": ("gpt2", "GPT2Block", ("spp_lora", "head")),
+    "full": ("llama", "LlamaDecoderLayer", ("full",)),
+}
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory):
+    """A folder with what two processes trained under FSDP2, each kind in one of its own."""
     code = f"""{ON_CPUS}
+import os
 import hf_prune, test_perp
-config = {{"version": 2, "transformer_layer_cls_to_wrap": [{layer!r}]}}
-how = dict(fsdp=True, fsdp_config=config, save_strategy="steps", save_steps=3)
-for resume in (None, "run/checkpoint-3"):
-    model = test_perp.pruned({family!r})
-    masks, before = model.pruning_masks, test_perp.snapshot(model)
-    names = set(before)
-    trainer = test_perp.train(model, "run", test_perp.PERPCallback({kinds!r}), resume=resume, **how)
-    sharded = dict(trainer.model.named_parameters())
-    assert all(type(p).__name__ == "DTensor" for p in sharded.values())
-    assert not masks.violations(trainer.model)
-    trainer.evaluate(test_perp.DATA)
-    assert set(dict(trainer.model.named_parameters())) == set(sharded) and not any("perp" in name for name in trainer.model.state_dict())
-    found = {{name: p.full_tensor() for name, p in sharded.items()}}
-    for name in masks:
-        assert not found[name][~masks[name]].any() and not torch.equal(found[name], before[name])
-    if resume:
-        assert all(torch.allclose(p, found[name], atol=1e-6) for name, p in first.items())
-    first = found
-trainer.save_model("final")
-torch.save(found, f"found-{{torch.distributed.get_rank()}}.pt")
-torch.distributed.barrier()
-model = hf_prune.load("final")
+for folder, (family, layer, kinds) in test_perp.FSDP2.items():
+    os.makedirs(folder, exist_ok=True)
+    os.chdir(folder)
+    config = {{"version": 2, "transformer_layer_cls_to_wrap": [layer]}}
+    how = dict(fsdp=True, fsdp_config=config, save_strategy="steps", save_steps=3)
+    for resume in (None, "run/checkpoint-3"):
+        model = test_perp.pruned(family)
+        masks, before = model.pruning_masks, test_perp.snapshot(model)
+        names = set(before)
+        trainer = test_perp.train(model, "run", test_perp.PERPCallback(kinds), resume=resume, **how)
+        sharded = dict(trainer.model.named_parameters())
+        assert all(type(p).__name__ == "DTensor" for p in sharded.values())
+        assert not masks.violations(trainer.model)
+        trainer.evaluate(test_perp.DATA)
+        assert set(dict(trainer.model.named_parameters())) == set(sharded) and not any("perp" in name for name in trainer.model.state_dict())
+        found = {{name: p.full_tensor() for name, p in sharded.items()}}
+        for name in masks:
+            assert not found[name][~masks[name]].any() and not torch.equal(found[name], before[name])
+        if resume:
+            assert all(torch.allclose(p, found[name], atol=1e-6) for name, p in first.items())
+        first = found
+    trainer.save_model("final")
+    torch.save(found, f"found-{{torch.distributed.get_rank()}}.pt")
+    torch.distributed.barrier()
+    model = hf_prune.load("final")
+    os.chdir("..")
 """
-    in_two_processes(tmp_path, code)
-    found = torch.load(tmp_path / "found-0.pt")
-    for folder in ("run/checkpoint-6", "final"):  # before it was merged, and after
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    folder = tmp_path_factory.mktemp("fsdp2")
+    in_two_processes(folder, code)
+    return folder
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Trainer of 4.57 takes FSDP2 from accelerate's launcher alone")
+@pytest.mark.parametrize("kind", FSDP2)
+def test_perp_under_fsdp2(kind, fsdp2, tmp_path):
+    """The same as in one process, merged rows by rows; training goes on from a checkpoint, and the model runs afterwards."""
+    (family, _, kinds), folder = FSDP2[kind], fsdp2 / kind
+    found = torch.load(folder / "found-0.pt")
+    for place in ("run/checkpoint-6", "final"):  # before it was merged, and after
+        plain = AutoModelForCausalLM.from_pretrained(folder / place)
         assert not plain.pruning_masks.violations(plain)
         assert all(torch.allclose(p, found[name], atol=1e-7) for name, p in plain.named_parameters())
     if family == "llama":  # the other one has dropout

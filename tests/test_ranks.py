@@ -14,9 +14,6 @@ from hf_prune import GBLM, PruningConfig
 from hf_prune.ranks import Ranks
 
 
-pytestmark = pytest.mark.xdist_group("ranks")  # they share what is made once in a process
-
-
 SMALL = dict(n_samples=6, sequence_length=24)
 CASES = {
     "wanda": ("llama", PruningConfig("wanda", **SMALL)),
