@@ -20,7 +20,7 @@ demo: $(VENV)/ready  ## prune SmolLM2-135M with all four methods and compare
 export: $(VENV)/runtimes  ## SmolLM2-135M at 2:4 in ONNX Runtime and OpenVINO, against torch
 	$(VENV)/bin/python examples/export.py
 
-test: $(VENV)/runtimes  ## the tests, about three minutes
+test: $(VENV)/runtimes  ## the tests, about four minutes
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
 
 test-bitsandbytes: $(VENV)/runtimes  ## apart, for every process that imports PEFT would import it too

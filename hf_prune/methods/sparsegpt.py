@@ -120,10 +120,9 @@ class _Walk:
 
     def __init__(self, slab: Tensor, gone: Tensor, decay: Tensor, choice: _Choice):
         self._slab, self._gone, self._decay, self._choice = slab, gone, decay, choice
-        self._span = choice.columns or _TILE  # columns that take one another's changes as they come ...
-        self._tile = (
-            -(-_TILE // self._span) * self._span
-        )  # ... which later spans of a tile do in one product, and later tiles in another
+        # Columns of a span take one another's changes as they come; later spans of a tile in one product, later tiles in another.
+        self._span = choice.columns or _TILE
+        self._tile = -(-_TILE // self._span) * self._span
         self._change = torch.empty_like(slab)
         # Making a view takes as long as the arithmetic on a column, so all are made here.
         self._columns, self._changes, self._is_gone = slab.unbind(), self._change.unbind(), gone.unbind()

@@ -426,9 +426,8 @@ def _interpreted_plan(weight: Tensor, bias: Tensor | None, use: str) -> Plan:
 def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any") -> Plan:
     """The fastest forms for a sparse `weight` (out, in) on its GPU; what fails there is in `missing`."""
     missing: dict[str, str] = {}
-    forms: dict[str, tuple] = {
-        "dense": (partial(functional.linear, bias=bias), weight)
-    }  # the product, and what it reads besides x
+    # Form -> its product, and what that reads besides x.
+    forms: dict[str, tuple] = {"dense": (partial(functional.linear, bias=bias), weight)}
     schedules: tuple = ()
     algorithms: tuple = ()
     kernel = _kernel_for(weight)
