@@ -67,9 +67,9 @@ def rows_of(args: argparse.Namespace, pruned: str, way: str) -> list[dict]:
             name: hf_prune.perplexity(model, None, x).perplexity for name, x in (("held", held), ("ppl", ids["evaluation"]))
         }
         rows.append({"way": way, "seconds": seconds, "peak": highest, "share": share, **found, **more})
-        count_peak(model)
+        count_peak(model.device)
 
-    peak = count_peak(model)
+    peak = count_peak(model.device)
     if how.get("reconstruct"):
         started = time.perf_counter()
         options = {name: value for name, value in vars(args).items() if name in ("epochs", "batch_tokens") and value}

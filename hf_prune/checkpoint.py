@@ -27,6 +27,7 @@ from .journal import Journal
 from .masks import Masks
 from .ranks import Ranks
 from .report import BlockReport
+from .weights import Weights
 
 
 logger = logging.get_logger(__name__)
@@ -34,8 +35,8 @@ logger = logging.get_logger(__name__)
 INDEX = "model.safetensors.index.json"
 
 
-class Checkpoint:
-    """The weights of `model`, a skeleton without any, in a folder of safetensors files.
+class Checkpoint(Weights):
+    """The weights of `model`, a skeleton without any, in a folder of safetensors files; checked when they are read.
 
     Args:
         source: the folder; only read.
@@ -43,14 +44,14 @@ class Checkpoint:
         device: where a part is put while it is worked on.
         ranks: the processes that prune together; only the first writes.
 
-    Attributes:
-        masks: of all blocks, on disk.
-
     Raises:
         ValueError: no safetensors, one is missing or damaged, or they do not hold this model's weights part by part.
     """
 
+    together = False
+
     def __init__(self, model: PreTrainedModel, source: Path, work: Path, device: torch.device, ranks: Ranks):
+        self.stored = {}
         self.source, self.work, self.device, self.ranks = source, work, device, ranks
         self.masks = Masks(folder=(work / f"rank-{ranks.index}" if ranks.index else work) / "masks")
         self._model, self._loader, files = model, _Loader(model, device), _files_of(source)
@@ -86,7 +87,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def present(self, part: int | None) -> Iterator[None]:
-        """Within, the weights of block `part`, or with None of all that is outside of blocks, are there.
+        """As of `Weights`.
 
         Raises:
             ValueError: they are damaged, incomplete, not finite, or the files were changed meanwhile.
@@ -111,6 +112,9 @@ class Checkpoint:
         finally:
             for module, attribute, meta in places.values():
                 setattr(module, attribute, meta)
+
+    def kept_of(self, parameter: nn.Parameter) -> None:
+        """The files are not overwritten."""
 
     def write(self, part: int | None) -> None:
         """The shard of a part that is present, as it is now.

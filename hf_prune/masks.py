@@ -100,17 +100,13 @@ class Masks(MutableMapping[str, Tensor]):
         Raises:
             ValueError: a mask has no parameter of its name and shape, or that is quantised or on disk; no weight is changed then.
         """
-        parameters = self.parameters_of(model)
-        for name, parameter in parameters.items():
-            if not parameter.is_floating_point() or (
-                parameter.is_meta and offloaded(model, name) is not offloaded(model, name)
-            ):
-                raise ValueError(
-                    f"{name} is quantised or offloaded to disk, and is not changed there: load the model without that."
-                )
-        for name, parameter in parameters.items():
-            parameter = offloaded(model, name) if parameter.is_meta else parameter
-            weight, bits = in_this_process(parameter, self.packed(name))
+        kept = {}
+        for name, parameter in self.parameters_of(model).items():
+            if not parameter.is_floating_point():
+                raise ValueError(f"{name} is quantised, and is not changed there: load the model without that.")
+            kept[name] = where_kept(model, name, parameter, to_change=True)
+        for name, values in kept.items():
+            weight, bits = in_this_process(values, self.packed(name))
             zero_pruned_(weight, bits.to(weight.device))
 
     @torch.no_grad()
@@ -123,8 +119,7 @@ class Masks(MutableMapping[str, Tensor]):
         for name, parameter in self.parameters_of(model).items():
             if not parameter.is_floating_point():
                 continue
-            parameter = offloaded(model, name) if parameter.is_meta else parameter
-            weight, bits = in_this_process(parameter, self.packed(name))
+            weight, bits = in_this_process(where_kept(model, name, parameter), self.packed(name))
             if weight.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
                 if not (pack(bit_patterns(weight) != 0) & ~bits.numpy()).any():
                     continue
@@ -293,11 +288,25 @@ def in_this_process(parameter: Tensor, packed: numpy.ndarray) -> tuple[Tensor, T
     return parameter, bits
 
 
-def offloaded(model: nn.Module, name: str) -> Tensor | None:
-    """The values of a parameter that accelerate keeps elsewhere; those on disk are read anew at each call. None: it has none."""
+def where_kept(model: nn.Module, name: str, parameter: nn.Parameter, to_change: bool = False) -> Tensor:
+    """The tensor that keeps the values of a `parameter`: itself, or where accelerate has offloaded it to.
+
+    Raises:
+        ValueError: it has no values; or they are on disk, from where they come anew each time, and are `to_change`.
+    """
+    if not parameter.is_meta:
+        return parameter
     path, _, attribute = name.rpartition(".")
     hook = offloading_hook(model.get_submodule(path))
-    return hook.weights_map[attribute] if hook and attribute in hook.weights_map else None
+    if hook is None or attribute not in hook.weights_map:
+        raise ValueError(f"{name} is on the device 'meta' and has no values: load the weights of the model.")
+    values = hook.weights_map[attribute]
+    if to_change and values is not hook.weights_map[attribute]:
+        raise ValueError(
+            f"{name} is on disk, where it is not changed: load the model with more memory in max_memory=, or call "
+            "hf_prune.prune_checkpoint(src, dst, ...), which prunes from disk to disk."
+        )
+    return values
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:

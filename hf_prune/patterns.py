@@ -27,6 +27,11 @@ def one_of(name: str, value: object, allowed: Sequence) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
 
 
+def first_line(error: Exception) -> str:
+    """Of what it says; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Any weight may go; `sparsity` is the fraction that does, in [0, 1).

@@ -23,7 +23,6 @@ from .blocks import Block, Decoder, Linear, Store, as_it_was
 from .calibration import batches_of, calibration_sequences
 from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
-from .elsewhere import Elsewhere
 from .gradients import gradients_by_block, model_gradients
 from .journal import Journal, fingerprint, on_disk
 from .masks import Masks
@@ -34,6 +33,7 @@ from .report import PruningReport
 from .sequential import Plan, prune_blocks, prune_without_data
 from .statistics import GradientNorm
 from .undo import Undo
+from .weights import Weights
 
 
 logger = logging.get_logger(__name__)
@@ -68,20 +68,17 @@ def prune_model(
     started = time.perf_counter()
     ranks = checkpoint.ranks if checkpoint else Ranks.launched()
     check_model(model, elsewhere=True)
-    elsewhere = None if checkpoint else Elsewhere.of(model)
-    places = checkpoint or elsewhere
-    if elsewhere and (resume_dir is not None or config.comparison_group == "model"):
+    weights = checkpoint or Weights.of(model)
+    if not (weights.together or checkpoint) and (resume_dir is not None or config.comparison_group == "model"):
         what = "resume_dir" if resume_dir is not None else "comparison_group='model'"
         raise ValueError(f"{what} needs all weights in place, and some are offloaded or sharded: load the model whole.")
     old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
-    peak = count_peak(model, places and places.device)
+    peak = count_peak(weights.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(model))
-        if elsewhere:
-            stack.enter_context(elsewhere.in_charge())
-        if checkpoint is None:
-            _check_finite(elsewhere.stored.items() if elsewhere else model.named_parameters(), ranks)
-        decoder = Decoder(model, places and places.present)
+        stack.enter_context(weights.in_charge())
+        _check_finite(weights.stored.items(), ranks)
+        decoder = Decoder(model, weights.present)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
         chosen = [linear for linear in linears if linear.name in patterns]
@@ -110,7 +107,7 @@ def prune_model(
             identity |= {"bf16": "true"} if bf16 else {}
             identity |= {
                 "calibration": fingerprint(sequences),
-                "weights": checkpoint.identity if checkpoint else "" if elsewhere else fingerprint(model.parameters()),
+                "weights": weights.identity,
                 "earlier masks": old_masks.digest()[:16],
                 "given masks": fixed_masks.digest()[:16],
                 "tokens_per_batch": str(tokens_per_batch),
@@ -123,14 +120,17 @@ def prune_model(
             elif resume_dir is not None and needs_data:
                 journal = Journal(resume_dir, identity, ranks)
         changed = parameters.values() if how is None else decoder.parameters
-        kept_of = elsewhere.kept_of if elsewhere else lambda parameter: parameter
-        with Undo(() if checkpoint else changed) as undo:
-            masks = checkpoint.masks if checkpoint else old_masks.renamed({name: name for name in old_masks})
-            masks.update({name: old_masks[name] for name in old_masks if checkpoint and name not in parameters})
+        with Undo(changed) as undo:
+            masks = weights.masks
+            masks.update({name: old_masks[name] for name in old_masks if name not in parameters})
+
+            def before_change(parameter: nn.Parameter) -> None:
+                if (kept := weights.kept_of(parameter)) is not None:
+                    undo.save(kept)
+
             plan = Plan(
                 decoder, patterns, config.method, config.comparison_group, config.propagate, old_masks, fixed_masks, masks,
-                ranks=ranks, reconstruction=how, before_change=(lambda parameter: None) if checkpoint else (lambda parameter: undo.save(kept_of(parameter))),
-                bf16=bf16 and model.dtype == torch.float32,
+                ranks=ranks, reconstruction=how, before_change=before_change, bf16=bf16 and model.dtype == torch.float32,
             )  # fmt: skip
             gradient_seconds = 0.0
             if not needs_data:
@@ -140,12 +140,12 @@ def prune_model(
                 if GradientNorm in config.method.needs and not by_block:
                     before = time.perf_counter()
                     some = sequences[: config.method.gradient_samples]
-                    find = gradients_by_block if places else _gradients
-                    place = Journal(stack.enter_context(tempfile.TemporaryDirectory()), {}, ranks) if elsewhere else journal
+                    find, place = _gradients if weights.together else gradients_by_block, journal
+                    if place is None and not weights.together:
+                        place = Journal(stack.enter_context(tempfile.TemporaryDirectory()), {}, ranks)
                     plan.gradients_of = find(decoder, chosen, some, config.method, place, ranks)
                     gradient_seconds = time.perf_counter() - before
-                device = places.device if places else model.get_input_embeddings().weight.device
-                size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, device, sequences))
+                size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, weights.device, sequences))
                 batches = batches_of(ranks.share(sequences), 1 if by_block else size)
                 if how:
                     how.split(len(batches))
@@ -163,7 +163,6 @@ def prune_model(
                 known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
                 if str(patterns[linear.name]) not in known.split(", "):
                     masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
-            size = elsewhere.numel if elsewhere else sum(p.numel() for p in model.parameters())
             report = PruningReport(
                 config={
                     **config.to_dict(),
@@ -173,7 +172,7 @@ def prune_model(
                 model=type(model).__name__,
                 blocks=blocks,
                 sparsity=masks.sparsity(),
-                model_sparsity=masks.sparsity() * masks.numel() / size,
+                model_sparsity=masks.sparsity() * masks.numel() / weights.numel,
                 sequences=len(sequences),
                 tokens=sum(map(len, sequences)),
                 seconds=time.perf_counter() - started,
@@ -365,9 +364,8 @@ def _batch_tokens(model: PreTrainedModel, device: torch.device, sequences: list[
     return max(_CPU_BATCH_TOKENS, torch.cuda.mem_get_info(device)[0] // (3 * per_token))
 
 
-def count_peak(model: PreTrainedModel, device: torch.device | None = None) -> Callable[[], int | None]:
-    """Counts the highest memory from now on, of `device` or of the model's; tells it in bytes when called, or None where the system does not."""
-    device = device or next(model.parameters()).device
+def count_peak(device: torch.device) -> Callable[[], int | None]:
+    """Counts the highest memory of `device` from now on; tells it in bytes when called, or None where the system does not."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)

@@ -36,7 +36,7 @@ def shrink_model(
     """
     started = time.perf_counter()
     check_model(model)
-    peak = count_peak(model)
+    peak = count_peak(model.device)
     method, pattern = config.method, config.pattern
     for parameter in model.parameters():
         parameter.grad = None

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from conftest import ids_for, make, same, snapshot
 
 import hf_prune
-from hf_prune import GBLM, PruningConfig, Reconstruction
+from hf_prune import GBLM, Masks, PruningConfig, Reconstruction
 from hf_prune.undo import Undo
 
 
@@ -115,10 +115,20 @@ def test_what_needs_weights_in_place(tmp_path):
         model.prune(PruningConfig("taylor", parameters=0.7), ids_for())
     model = make("llama")
     disk_offload(model, tmp_path, execution_device="cpu")
-    with pytest.raises(ValueError, match="is on disk: call hf_prune.prune_checkpoint"):
+    with pytest.raises(ValueError, match="is on disk.*max_memory=, or call hf_prune.prune_checkpoint"):
         model.prune(CONFIGS["wanda"], ids_for())
-    with pytest.raises(ValueError, match="on the device 'meta'"):
-        make("llama").to("meta").prune(CONFIGS["wanda"], ids_for())
+    masks = Masks({"model.layers.0.mlp.up_proj.weight": torch.ones(64, 32, dtype=torch.bool)})
+    assert not masks.violations(model)
+    with pytest.raises(ValueError, match="is on disk, where it is not changed"):
+        masks.apply(model)
+    empty = make("llama").to("meta")
+    for refused in (
+        lambda: empty.prune(CONFIGS["wanda"], ids_for()),
+        lambda: masks.apply(empty),
+        lambda: masks.violations(empty),
+    ):
+        with pytest.raises(ValueError, match="on the device 'meta' and has no values"):
+            refused()
     bad = make("llama")
     bad.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     cpu_offload(bad, execution_device="cpu")

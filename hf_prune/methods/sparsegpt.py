@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..patterns import NM, lowest
+from ..patterns import NM, first_line, lowest
 from ..statistics import Hessian
 from .base import Job, Method, Pruned, register
 
@@ -110,8 +110,8 @@ def _kernel_on(device: torch.device) -> ModuleType | None:
         slab_kernel.solve_slab(*(torch.zeros(shape, device=device) for shape in ((4, 1), (4, 4), (4, 1), (4,))), nm=(2, 4))
         return slab_kernel
     except Exception as error:  # no Triton, no C compiler for its launchers, an old GPU, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"the kernel of SparseGPT does not run on {device}, which makes it slower: {reason}", stacklevel=2)
+        told = f"the kernel of SparseGPT does not run on {device}, which makes it slower: {first_line(error)}"
+        warnings.warn(told, stacklevel=2)
         return None
 
 

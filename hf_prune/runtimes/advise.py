@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..patterns import first_line
 from ..report import by_reason, table
 
 
@@ -152,7 +153,7 @@ def _skeleton(model: Any, gguf_file: str | None) -> PreTrainedModel:
         try:
             model = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(model)!r} is no folder or Hub name of a model: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{str(model)!r} is no folder or Hub name of a model: {first_line(error)}") from error
     if not isinstance(model, PretrainedConfig):
         raise TypeError(
             f"advise takes a model of Transformers, its config, or a folder or Hub name, got a {type(model).__name__}."
@@ -267,7 +268,7 @@ def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float
                     missing[name] = f"{error.name} is not installed: pip install 'hf-prune[export]'"
                 except Exception as error:  # torch.sparse knows no bfloat16 on some machines: no number then, but the reason
                     runs.pop(name, None)
-                    missing[name] = str(error).splitlines()[0]
+                    missing[name] = first_line(error)
             for rows in row_counts:
                 x = torch.randn(rows, shape.in_features, dtype=dtype)
                 for name, spent in _in_turns(runs, x).items():

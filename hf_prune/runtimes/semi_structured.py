@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..patterns import first_line
 from ..report import by_reason, table
 
 
@@ -207,8 +208,8 @@ def _kernel_for(weight: Tensor) -> Any:
 def _pack_in_place(linear: nn.Linear, plan: Plan) -> None:
     weight = linear.weight.detach()
     values = codes = library = None
-    if plan.forms & {*KERNELS, "unpacked"}:
-        values, codes = _kernel_for(weight).pack(weight)
+    for name in plan.forms & set(KERNELS):  # one at most
+        values, codes = KERNELS[name].pack(weight)
     for name in plan.forms & set(LIBRARIES):
         library = _library_of(name, weight)
         if values is not None and name == "cutlass" and _equal_bits(library.packed, values):
@@ -271,15 +272,17 @@ def _speed_up(plan: Plan, rows: int) -> str:
 def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredReport:
     """Packs the sparse linears of a `model` on a CUDA device, in place, each for what is fastest there; `to_dense` undoes it.
 
-    Taken are linears that are 2:4, and those with at least 40 % zeros anywhere, for which there is a kernel for one row. `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights are
-    refused until `to_dense`. A linear for which nothing is faster than dense is left as it is. The first time the
-    kernel is compiled in a dozen ways for each `in`; Triton remembers them.
+    Taken are linears that are 2:4, and those with at least 40 % zeros anywhere, for which there is a kernel for one row.
+    `generate`, a static cache, `torch.compile`, deepcopy and `state_dict()` work as before; saving, pruning and loading weights
+    are refused until `to_dense`. A linear for which nothing is faster than dense is left as it is. The first time the kernel is
+    compiled in a dozen ways for each `in`; Triton remembers them.
 
     Args:
         use: "any" is dense wherever no other form was 10 % faster, and takes the memory of all forms it needs. What is
-            neither captured in a CUDA graph nor compiled waits for Python, and mostly stays dense there. "decode" and "prefill" hold one packed form, 0.5625 of the dense weight (0.625 of an
-            unstructured one at 50 %, which has none for "prefill"), and are slow for what they were not made for. (A library that
-            would not give a weight back bit for bit does not replace it.)
+            neither captured in a CUDA graph nor compiled waits for Python, and mostly stays dense there. "decode" and "prefill"
+            hold one packed form, 0.5625 of the dense weight (0.625 of an unstructured one at 50 %, which has none for
+            "prefill"), and are slow for what they were not made for. (A library that would not give a weight back bit for bit
+            does not replace it.)
 
     Raises:
         TypeError, ValueError: no model, not on CUDA, nothing sparse in float16 or bfloat16; nothing has changed then. With
@@ -295,18 +298,17 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
     if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
         raise ValueError("the model is packed already: call hf_prune.to_dense(model) first.")
     device = _device_of(model)
-    linears, dense = _eligible(model, use)
-    if not linears:
+    eligible, dense = _eligible(model, use)
+    if not eligible:
         reasons = sorted(set(dense.values())) or ["it has no nn.Linear"]
         raise ValueError(f"nothing to pack: {'; '.join(reasons)}. Prune with pattern='2:4' and load in bfloat16 or float16.")
     report = SemiStructuredReport(torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter", use)
     plan_for = measured_plan if device.type == "cuda" else _interpreted_plan
     plans: dict[tuple, Plan] = {}
-    for name, linear in linears.items():  # all that can fail comes before the first linear changes
-        kept = "2:4" if _kernel_for(linear.weight) is decode_kernel else round(_kept(linear.weight), 1)
+    for name, (linear, kept) in eligible.items():  # all that can fail comes before the first linear changes
         key = *linear.weight.shape, linear.weight.dtype, linear.bias is None, kept
         plans[key] = report.plans[name] = plans.get(key) or plan_for(linear.weight.detach().contiguous(), linear.bias, use)
-    report.dense = dense
+    linears, report.dense = {name: linear for name, (linear, _) in eligible.items()}, dense
     for name in [name for name, plan in report.plans.items() if plan.forms == {"dense"}]:
         missing = "".join(f"; no {form}: {why}" for form, why in report.plans.pop(name).missing.items())
         report.dense[name] = f"nothing that was measured is faster{missing}"
@@ -374,23 +376,16 @@ def _device_of(model: nn.Module) -> torch.device:
     return min(devices, key=str)
 
 
-def _kept(weight: Tensor) -> float:
-    return int(weight.detach().count_nonzero()) / weight.numel()
-
-
-def _eligible(model: nn.Module, use: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linears that can be packed, and why others are not taken: whatever has masks, and every `nn.Linear`."""
+def _eligible(model: nn.Module, use: str) -> tuple[dict[str, tuple[nn.Linear, str | float]], dict[str, str]]:
+    """The linears that can be packed, with "2:4" or the share of weights, to a tenth, that are not zero; and why others are not
+    taken: whatever has masks, and every `nn.Linear`."""
     masks = getattr(model, "pruning_masks", None) or {}
     patterns = getattr(masks, "patterns", {})
     owners: dict[int, int] = defaultdict(int)
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] += 1
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, tuple[nn.Linear, str | float]] = {}
     dense = {name.removesuffix(".weight"): "no nn.Linear" for name in masks}
-
-    def minus(weight: Tensor) -> bool:
-        return decode_kernel.is_semi_structured(weight + 0.0)
-
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
@@ -403,13 +398,15 @@ def _eligible(model: nn.Module, use: str) -> tuple[dict[str, nn.Linear], dict[st
             dense[name] = "shares its weight"
         elif weight.dtype not in decode_kernel.DTYPES:
             dense[name] = f"{weight.dtype}, not float16 or bfloat16"
-        elif not decode_kernel.is_semi_structured(weight) and (use == "prefill" or _kept(weight) > MOST_KEPT or minus(weight)):
+        elif decode_kernel.is_semi_structured(weight):
+            linears[name] = module, "2:4"
+        elif decode_kernel.is_semi_structured(weight + 0.0):
+            dense[name] = "2:4 with zeros that are -0.0, write +0.0"
+        elif use == "prefill" or (kept := int(weight.detach().count_nonzero()) / weight.numel()) > MOST_KEPT:
             dense[name] = f"not 2:4{f' but {pattern}' * bool(pattern)}"
-            dense[name] = "2:4 with zeros that are -0.0, write +0.0" if minus(weight) else dense[name]
         else:
-            dense.pop(name, None)
-            linears[name] = module
-    return linears, dense
+            linears[name] = module, round(kept, 1)
+    return linears, {name: why for name, why in dense.items() if name not in linears}
 
 
 def _interpreted_plan(weight: Tensor, bias: Tensor | None, use: str) -> Plan:
@@ -589,11 +586,7 @@ def _survived(error: Exception, weight: Tensor) -> str:
     """The first line of `error`, unless nothing more can run on the GPU after it: then that error is raised."""
     if weight.is_cuda:
         torch.cuda.synchronize(weight.device)
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _bytes_held(linear: SemiStructuredLinear) -> int:

@@ -1,13 +1,15 @@
-"""A model whose weights are not in its modules: accelerate keeps them on the CPU until they run (`device_map`), or FSDP2 has sharded them.
+"""Where the weights of a model are while it is pruned: in its modules, or kept by accelerate on the CPU until they run
+(`device_map`), or sharded by FSDP2; for those on disk see `checkpoint`.
 
-Pruning puts them in place part by part, whole, with the hooks that would otherwise do so for a forward pass laid aside; what was
-changed goes back to where it stays. Leaves out weights on disk: see `streaming`.
+What is elsewhere is put in place part by part, whole, with the hooks that would otherwise do so for a forward pass laid aside;
+what was changed goes back to where it stays.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,23 +20,68 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from .blocks import blocks_of
-from .masks import offloaded, offloading_hook
+from .journal import fingerprint
+from .masks import Masks, offloading_hook, where_kept
 
 
-class Elsewhere:
-    """The weights of `model`, some of which are elsewhere.
+class Weights:
+    """The weights of `model`, all of which are in its modules.
 
     Attributes:
-        stored: parameter -> the tensor that keeps its values; of a sharded one the rows of this process.
+        stored: parameter -> the tensor that keeps its values; those that check their values themselves are left out.
         device: where the model computes.
+        masks: of the pruned weights, none yet.
+        together: whether all are in place at once.
+    """
+
+    together = True
+
+    def __init__(self, model: nn.Module):
+        self._model, self.masks = model, Masks()
+        self.stored: dict[str, Tensor] = dict(model.named_parameters())
+        self.device = model.get_input_embeddings().weight.device
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Weights:
+        """Of a model in memory, wherever they are."""
+        away = any(parameter.is_meta or hasattr(parameter, "placements") for parameter in model.parameters())
+        return Elsewhere(model) if away or any(map(_is_sharded, model.modules())) else Weights(model)  # whole for now, perhaps
+
+    @property
+    def identity(self) -> str:
+        """A short text that differs where their values do."""
+        return fingerprint(self._model.parameters())
+
+    @property
+    def numel(self) -> int:
+        """Of all parameters."""
+        return sum(parameter.numel() for parameter in self._model.parameters())
+
+    def in_charge(self) -> contextlib.AbstractContextManager[None]:
+        """Within, nothing else moves them."""
+        return contextlib.nullcontext()
+
+    def present(self, part: int | None) -> contextlib.AbstractContextManager[None]:
+        """Within, the weights of block `part`, or with None of all that is outside of blocks, are in place."""
+        return contextlib.nullcontext()
+
+    def kept_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """Where the values of a `parameter` that is present stay, before it is changed; None if they are not overwritten."""
+        return parameter
+
+
+class Elsewhere(Weights):
+    """Those of a model some of which are not in its modules; of a sharded one `stored` has the rows of this process.
 
     Raises:
         ValueError: some are on disk, or sharded other than by FSDP2 in rows; says what to do.
     """
 
+    together = False
+
     def __init__(self, model: nn.Module):
-        self._model = model
-        self._sharded = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+        self._model, self.masks = model, Masks()
+        self._sharded = [module for module in model.modules() if _is_sharded(module)]
         for module in self._sharded:
             module.reshard()
         self._hooks = {module: hook for module in model.modules() if (hook := offloading_hook(module))}
@@ -49,12 +96,9 @@ class Elsewhere:
             part = next((i for i, prefix in enumerate(prefixes) if f"{name}.".startswith(prefix)), None)
             self._modules.setdefault(part, []).append((name, module))
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Elsewhere | None:
-        """None if all weights of `model` are in place."""
-        away = any(parameter.is_meta or hasattr(parameter, "placements") for parameter in model.parameters())
-        sharded = any(hasattr(module, "_get_fsdp_state") for module in model.modules())  # whole for now, perhaps
-        return cls(model) if away or sharded else None
+    @property
+    def identity(self) -> str:  # of the values of another process no text can be had here
+        return ""
 
     @property
     def numel(self) -> int:
@@ -64,7 +108,6 @@ class Elsewhere:
 
     @contextlib.contextmanager
     def in_charge(self) -> Iterator[None]:
-        """Within, no hook of accelerate or FSDP2 moves weights."""
         forwards = {module: vars(module).get("forward") for module in self._hooks}
         hooks = [(h, dict(h)) for module in self._sharded for h in (module._forward_pre_hooks, module._forward_hooks)]
         try:
@@ -85,7 +128,6 @@ class Elsewhere:
 
     @contextlib.contextmanager
     def present(self, part: int | None) -> Iterator[None]:
-        """Within, the weights of block `part`, or with None of all that is outside of blocks, are in place."""
         here: dict[int, nn.Parameter] = {}
         replaced: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         try:
@@ -116,25 +158,16 @@ class Elsewhere:
                 self._present.pop(whole, None)
                 self._changed.discard(whole)
 
-    def kept_of(self, parameter: nn.Parameter) -> Tensor:
-        """Where the values of a `parameter` that is present stay, before it is changed: it will be written back."""
+    def kept_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """It will be written back."""
         if parameter not in self._present:
             return parameter
         self._changed.add(parameter)
         return self._present[parameter][1]
 
     def _stored(self, name: str, parameter: nn.Parameter) -> Tensor:
-        if parameter.is_meta:
-            values, again = offloaded(self._model, name), offloaded(self._model, name)
-            if values is None or values is not again:  # read anew each time
-                where = "on the device 'meta'" if values is None else "on disk"
-                raise ValueError(
-                    f"{name} is {where}: call hf_prune.prune_checkpoint(src, dst, ...), which prunes from disk to disk, or load the "
-                    "model with more memory in max_memory=."
-                )
-            return values.detach()
         if not hasattr(parameter, "placements"):
-            return parameter.detach()
+            return where_kept(self._model, name, parameter, to_change=True).detach()
         in_rows = all(type(p).__name__ in ("Shard", "Replicate") and getattr(p, "dim", 0) == 0 for p in parameter.placements)
         if not self._sharded or not in_rows:
             raise ValueError(
@@ -147,6 +180,12 @@ class Elsewhere:
                 f"{name} is on {rows.device.type}, by CPUOffloadPolicy: leave that out, or call hf_prune.prune_checkpoint."
             )
         return rows
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """By FSDP2, whose module is loaded if anything is."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _run(hook: AlignDevicesHook, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
