@@ -195,24 +195,14 @@ class Decoder:
         calls: list[list[Call]] = [[] for _ in self.blocks]
         pool: dict = {}
 
-        def stand_in(index: int, block: Block):
-            def forward(*args, **kwargs):
-                if "hidden_states" in kwargs:
-                    hidden, rest = kwargs["hidden_states"], args
-                else:
-                    hidden, rest = args[0], args[1:]
-                if index == 0:
-                    states.append(store(hidden))
-                kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
-                calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
-                return (hidden, *block.rest_of_output) if block.returns_tuple else hidden
+        def heard(index: int, hidden: Tensor, rest: tuple, kwargs: dict[str, Any]) -> Tensor:
+            if index == 0:
+                states.append(store(hidden))
+            kwargs = {k: None if k == "hidden_states" else _interned(v, pool) for k, v in kwargs.items()}
+            calls[index].append(Call(tuple(_interned(a, pool) for a in rest), kwargs))
+            return hidden
 
-            return forward
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.outside_present())
-            for index, block in enumerate(self.blocks):
-                stack.enter_context(_replaced(block.module, "forward", stand_in(index, block)))
+        with self.outside_present(), self._stand_ins(heard):
             device = self.model.get_input_embeddings().weight.device
             for ids in batches:
                 self.body(input_ids=ids.to(device), use_cache=False)
@@ -220,15 +210,24 @@ class Decoder:
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the `hidden` states that leave its last block, for `ids` (sequences, length)."""
+        last = len(self.blocks) - 1
+        with self._stand_ins(lambda index, before, *_: hidden if index == last else before):
+            return self.model(input_ids=ids.to(hidden.device), use_cache=False).logits
 
-        def stand_in(block: Block, *args: Any, **kwargs: Any) -> Any:
-            output = hidden if block is self.blocks[-1] else kwargs.get("hidden_states", args[0] if args else None)
+    @contextlib.contextmanager
+    def _stand_ins(self, output_of: Callable[[int, Tensor, tuple, dict[str, Any]], Tensor]) -> Iterator[None]:
+        """Within, no block runs: block i gives `output_of(i, hidden, args, kwargs)` of the hidden states and arguments that reach it."""
+
+        def forward(index: int, *args: Any, **kwargs: Any) -> Any:
+            block, named = self.blocks[index], "hidden_states" in kwargs
+            hidden, rest = (kwargs["hidden_states"], args) if named else (args[0], args[1:])
+            output = output_of(index, hidden, rest, kwargs)
             return (output, *block.rest_of_output) if block.returns_tuple else output
 
         with contextlib.ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(_replaced(block.module, "forward", partial(stand_in, block)))
-            return self.model(input_ids=ids.to(hidden.device), use_cache=False).logits
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(replaced(block.module, "forward", partial(forward, index)))
+            yield
 
 
 def run_lockstep(
@@ -394,13 +393,13 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    own = module.__dict__.get(attribute)
+def replaced(module: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    own = module.__dict__.get(attribute, module)  # no module is an attribute of itself
     setattr(module, attribute, value)
     try:
         yield
     finally:
-        delattr(module, attribute) if own is None else setattr(module, attribute, own)
+        delattr(module, attribute) if own is module else setattr(module, attribute, own)
 
 
 class Part:
@@ -422,7 +421,7 @@ class Part:
         """The hidden states after this part for those before it, both (batch, length, d)."""
         with contextlib.ExitStack() as stack:
             for module, rest in self._silent.items():
-                stack.enter_context(_replaced(module, "forward", partial(_silence, hidden.to(self.block.device), rest)))
+                stack.enter_context(replaced(module, "forward", partial(_silence, hidden.to(self.block.device), rest)))
             if self._end is not None:
                 stack.callback(self._end.register_forward_pre_hook(_stop, with_kwargs=True).remove)
             try:

@@ -121,6 +121,8 @@ def _prune(args) -> int:
     config = PruningConfig(**words, method_options=options, overrides=_pairs(args.override, "--override"))
     if config.needs_calibration and not args.calibration:
         raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")
+    if args.compact and config.method.structural:
+        raise ValueError(f"--compact leaves out zeros, and '{config.pattern}' leaves none: the model is smaller as it is.")
     check_writable(args.output)
     if args.stream:
         return _stream(args, config)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .methods import Method, make
 from .methods.base import REGISTRY
-from .patterns import COMPARISON_GROUPS, Pattern, Structured, Unstructured, one_of, parse
+from .patterns import COMPARISON_GROUPS, Pattern, Structured, Unstructured, check_count, one_of, parse
 
 
 logger = logging.get_logger(__name__)
@@ -91,9 +91,8 @@ class PruningConfig:
         one_of("propagate", self.propagate, (None, "linear", "block"))
         one_of("sampling", self.sampling, ("packed", "paper"))
         for name in ("n_samples", "sequence_length"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
         if self.method.structural and (self.include != ["*"] or self.exclude or self.overrides):
             raise ValueError(
                 f"pattern '{self.pattern}' is the same for every block: include, exclude and overrides are for weights."

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .atomic import readable, write_whole
+from .patterns import check_count
 
 
 _LEAST = -1e4  # of a log-probability: 0 in effect, but finite, also in float16
@@ -43,8 +44,8 @@ class Distillation:
     ):  # fmt: skip
         if not 0 < weight <= 1 or not temperature > 0:
             raise ValueError(f"weight must be in (0, 1] and temperature above 0, got {weight} and {temperature}.")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {top_k}.")
+        if top_k is not None:
+            check_count("top_k", top_k)
         if teacher is None and cache is None:
             raise ValueError("distillation without a teacher needs the cache that an earlier one filled: give cache='folder'.")
         self.teacher, self.weight, self.temperature = None if teacher is None else teacher.eval(), weight, temperature

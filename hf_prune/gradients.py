@@ -8,7 +8,7 @@ one block (Wanda++, arXiv 2503.04992). What the sums are used for is the method'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from .blocks import Block, Call, Decoder, Linear, _replaced, as_it_was
+from .blocks import Block, Call, Decoder, Linear, as_it_was, replaced
 from .calibration import batches_of
 from .journal import Journal
 from .ranks import ALONE, Ranks
@@ -43,23 +43,20 @@ def model_gradients(
     Raises:
         ValueError: a gradient is not finite, or a sample has no next token to predict.
     """
-    if min(map(len, samples)) < 2:
-        raise ValueError("gradients of the language-model loss need calibration sequences of at least 2 tokens.")
-    parameters = {linear.parameter_name: linear.parameter for linear in linears}
-    norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
+    batches = _batches(samples, linears, by_token, ranks)
     device = model.get_input_embeddings().weight.device
     longest = max(map(len, samples)) - 1  # the loss is a mean, but its gradient is made larger, lest it underflows in fp16
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_streamed(model, parameters, norms, 1 / longest, linears if by_token else [], checkpointing))
+        norms = stack.enter_context(_streamed(model, linears, order, 1 / longest, by_token, checkpointing))
         if by_token:  # no parameter may need a gradient, yet what follows the embedding does
             hook = model.get_input_embeddings().register_forward_hook(lambda m, args, x: x.detach().requires_grad_().clone())
             stack.callback(hook.remove)
         if checkpointing:
             for block in blocks:
                 forward = partial(checkpoint, block.module.forward, use_reentrant=False)
-                stack.enter_context(_replaced(block.module, "forward", forward))
-        for ids in tqdm(_batches(ranks.share(samples), linears, by_token), desc="gradients", unit="batch"):
+                stack.enter_context(replaced(block.module, "forward", forward))
+        for ids in tqdm(batches, desc="gradients", unit="batch"):
             logits = model(input_ids=ids.to(device), use_cache=False).logits
             logits.backward(_loss_gradient(logits, ids, longest / (ids.shape[1] - 1)))
             del logits
@@ -76,9 +73,7 @@ def block_gradients(
     ranks: Ranks = ALONE,
 ) -> dict[str, GradientNorm]:
     """The same of ||block(x)||_2 for each sequence of `hidden` (sequences, length, d), parameters of one block only."""
-    parameters = {linear.parameter_name: linear.parameter for linear in linears}
-    norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
-    with torch.enable_grad(), _streamed(block.module, parameters, norms, 1.0, linears if by_token else []):
+    with torch.enable_grad(), _streamed(block.module, linears, order, 1.0, by_token) as norms:
         for call, x in zip(calls, hidden):
             output = call.run(block, x.detach().requires_grad_(by_token).clone())
             output.backward(output.detach() / output.detach().float().norm().clamp_min(1e-30).to(output.dtype))
@@ -93,11 +88,9 @@ def gradients_by_block(
     A forward pass keeps what reaches each block in `journal`; then each block, from the last to the first, is run again and turns
     the gradient of what it gave into that of what it got.
     """
-    if min(map(len, samples)) < 2:
-        raise ValueError("gradients of the language-model loss need calibration sequences of at least 2 tokens.")
     by_token, longest, blocks = method.by_token, max(map(len, samples)) - 1, decoder.blocks
     chosen, index_of = set(linears), {block: i for i, block in enumerate(blocks)}
-    batches = _batches(ranks.share(samples), linears, by_token)
+    batches = _batches(samples, linears, by_token, ranks)
     states, calls = decoder.capture(batches)
 
     def forward(index: int) -> dict[str, Tensor]:
@@ -119,9 +112,7 @@ def gradients_by_block(
         block, found = blocks[index], []
         mine = [linear for linear in block.linears if linear in chosen]
         with torch.enable_grad(), block.present():
-            parameters = {linear.parameter_name: linear.parameter for linear in mine}
-            norms = {name: GradientNorm(p.shape, method.order, p.device) for name, p in parameters.items()}
-            with _streamed(block.module, parameters, norms, 1 / longest, mine if by_token else []):
+            with _streamed(block.module, mine, method.order, 1 / longest, by_token) as norms:
                 for call, x, gradient in zip(calls[index], states, gradients):
                     x = x.to(block.device).detach().requires_grad_(index > 0 or by_token)
                     call.run(block, x.clone()).backward(gradient.to(block.device))
@@ -159,24 +150,25 @@ def _states(tensors: dict[str, Tensor]) -> list[Tensor]:
 _STATE = "state:"
 
 
-def _batches(samples: Sequence[Tensor], linears: list[Linear], by_token: bool) -> list[Tensor]:
+def _batches(samples: list[Tensor], linears: list[Linear], by_token: bool, ranks: Ranks) -> list[Tensor]:
+    """Of the share that this process has of `samples`."""
+    if min(map(len, samples)) < 2:
+        raise ValueError("gradients of the language-model loss need calibration sequences of at least 2 tokens.")
     together = by_token and all(linear.expert is None for linear in linears)
-    return batches_of(list(samples), _BATCH_TOKENS) if together else [ids[None] for ids in samples]
+    return batches_of(ranks.share(samples), _BATCH_TOKENS) if together else [ids[None] for ids in ranks.share(samples)]
 
 
 @contextlib.contextmanager
 def _streamed(
-    owner: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    norms: dict[str, GradientNorm],
-    scale: float,
-    by_token: list[Linear],
-    checkpointed: bool = False,
-) -> Iterator[None]:
-    """Only `parameters` get gradients, and those go into `norms` at once; all flags and gradients are as before afterwards.
+    owner: nn.Module, linears: list[Linear], order: int, scale: float, by_token: bool, checkpointed: bool = False
+) -> Iterator[dict[str, GradientNorm]]:
+    """Only parameters of `linears` get gradients, and those go into what it gives, the norms, at once; all flags and gradients are
+    as before afterwards.
 
-    The linears in `by_token` that are modules of their own get none: their inputs and their outputs' gradients are enough.
+    With `by_token` linears that are modules of their own get none: their inputs and their outputs' gradients are enough.
     """
+    parameters = {linear.parameter_name: linear.parameter for linear in linears}
+    norms = {name: GradientNorm(p.shape, order, p.device) for name, p in parameters.items()}
 
     def take(norm: GradientNorm, parameter: nn.Parameter) -> None:
         norm.update(parameter.grad, scale)
@@ -185,7 +177,7 @@ def _streamed(
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(owner))
         owner.requires_grad_(False)
-        alone = {linear.parameter_name: linear for linear in by_token if linear.expert is None}
+        alone = {linear.parameter_name: linear for linear in linears if by_token and linear.expert is None}
         for name, linear in alone.items():
             norm = GradientNorm.of(linear.matrix(norms[name].sum), norms[name].order, 0)
             take_tokens = partial(_listen, partial(norm.update_tokens, scale=scale), checkpointed)
@@ -195,7 +187,7 @@ def _streamed(
                 parameter.requires_grad_(True)
                 hook = parameter.register_post_accumulate_grad_hook(partial(take, norms[name]))
                 stack.callback(hook.remove)
-        yield
+        yield norms
 
 
 def _listen(

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .blocks import Decoder
+from .blocks import Decoder, Linear
 from .config import PruningConfig
-from .patterns import NM, Pattern, Unstructured, one_of
+from .patterns import NM, Pattern, Unstructured, check_count, one_of
 from .pruning import check_model
 from .report import PruningReport
 from .serialization import settle
@@ -50,8 +50,7 @@ def prune_iteratively(
         ValueError: an unknown schedule, no round, or `train` left pruned weights that are not zero.
     """
     one_of("schedule", schedule, ("linear", "cubic"))
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds must be a whole number of at least 1, got {rounds!r}.")
+    check_count("rounds", rounds)
     if not callable(train):
         raise TypeError(f"train must be a function of the model and the report of its pruning, got {train!r}.")
     if config.method.structural:
@@ -84,14 +83,22 @@ def config_of_round(config: PruningConfig, share: float) -> PruningConfig:
 
 
 def _is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
-    known, linears = settle(model), {linear.name: linear for linear in Decoder(model).linears}
-    for name, pattern in config.patterns_for(list(linears)).items():
-        linear = linears[name]
-        if known is None or linear.parameter_name not in known.masks:
-            return False
-        kept = float(linear.matrix(known.masks[linear.parameter_name]).float().mean())
-        wanted = pattern.sparsity if isinstance(pattern, NM) else pattern.count(linear.in_features) / linear.in_features
-        if 1 - kept < wanted - 1e-6:
+    known, decoder = settle(model), Decoder(model)
+    patterns = config.patterns_for([linear.name for linear in decoder.linears])
+    compared: dict[str, list[Linear]] = {}  # weights that compete with one another
+    for block in decoder.blocks:
+        for linear in block.linears:
+            if linear.name in patterns:
+                if known is None or linear.parameter_name not in known.masks:
+                    return False
+                group = {"model": "all", "block": block.name}.get(config.comparison_group, linear.name)
+                compared.setdefault(group, []).append(linear)
+    for linears in compared.values():
+        total = sum(linear.weight.numel() for linear in linears)
+        kept = sum(int(linear.matrix(known.masks[linear.parameter_name]).count_nonzero()) for linear in linears)
+        pattern, at_once = patterns[linears[0].name], linears[0].in_features if config.comparison_group == "row" else total
+        wanted = pattern.sparsity if isinstance(pattern, NM) else pattern.count(at_once) / at_once
+        if 1 - kept / total < wanted - 1e-6:
             return False
     return True
 

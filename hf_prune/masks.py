@@ -279,13 +279,19 @@ def in_this_process(parameter: Tensor, packed: numpy.ndarray) -> tuple[Tensor, T
     """
     bits = torch.from_numpy(packed)
     if placements := getattr(parameter, "placements", None):  # a DTensor
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+        from torch.distributed.tensor import Replicate, Shard
 
         if any(type(p) is not Replicate and (type(p) is not Shard or p.dim == parameter.dim() - 1) for p in placements):
             raise ValueError(f"masks hold under FSDP2, which shards rows, not under tensor parallelism: got {placements}.")
-        bits = distribute_tensor(bits.to(parameter.device), parameter.device_mesh, placements, src_data_rank=None)
-        bits, parameter = bits.to_local().cpu(), parameter.to_local()
+        bits, parameter = rows_here(bits.to(parameter.device), parameter).cpu(), parameter.to_local()
     return parameter, bits
+
+
+def rows_here(whole: Tensor, parameter: Tensor) -> Tensor:
+    """What this process holds of the `whole` of a sharded `parameter`, which each process has."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
 
 
 def where_kept(model: nn.Module, name: str, parameter: nn.Parameter, to_change: bool = False) -> Tensor:

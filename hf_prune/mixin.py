@@ -85,7 +85,7 @@ class PruningMixin:
             if state or any(extra.values()):
                 given = "a model with masks" if state else " and ".join(name for name, value in extra.items() if value)
                 raise ValueError(f"{given}: not with '{config.pattern}'. Take whole groups out first, then prune what is left.")
-            report = shrink_model(self, config, calibration, tokenizer)
+            report = shrink_model(self, config, calibration, tokenizer, tokens_per_batch)
             forget_quantization(self)
             return report
 

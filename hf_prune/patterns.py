@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -25,6 +26,12 @@ def one_of(name: str, value: object, allowed: Sequence) -> None:
     """Raises ValueError for a word that is not among those."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError for what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def first_line(error: Exception) -> str:
@@ -48,7 +55,7 @@ class Unstructured:
             raise ValueError(f"sparsity must be in [0, 1), for example 0.5 for half of the weights; got {self.sparsity}.")
 
     def __str__(self) -> str:
-        return f"unstructured:{self.sparsity:g}"
+        return f"unstructured:{self.sparsity:.15g}"
 
     def count(self, n: int) -> int:
         """How many of `n` weights are pruned."""
@@ -145,6 +152,8 @@ class Structured:
     def __post_init__(self):
         if bool(self.shares) == (self.parameters is not None):
             raise ValueError("give either shares, as in 'heads:0.25,ffn:0.25', or parameters=0.8.")
+        if len({kind for kind, _ in self.shares}) < len(self.shares):
+            raise ValueError(f"a kind has one share, got {self}.")
         for kind, share in self.shares:
             if not 0 < share < 1:
                 raise ValueError(f"a share must be in (0, 1), got {share} of {kind}.")
@@ -152,7 +161,7 @@ class Structured:
             raise ValueError(f"parameters must be a share in (0, 1) or a number of parameters, got {self.parameters!r}.")
 
     def __str__(self) -> str:
-        return ",".join(f"{kind}:{share:g}" for kind, share in self.shares) or f"parameters:{self.parameters:g}"
+        return ",".join(f"{kind}:{share:.15g}" for kind, share in self.shares) or f"parameters:{self.parameters:.15g}"
 
 
 Pattern = Unstructured | NM | Structured

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .masks import Masks, in_this_process, zero_pruned_
+from .masks import Masks, in_this_process, rows_here, zero_pruned_
+from .patterns import check_count
 
 
 ADAPTERS = ("lora", "lora_prune", "mask_lora", "scale_lora", "spp_lora")
@@ -111,11 +112,9 @@ class Adapted:
         weight, a, b, bits = self.weight.detach(), self.perp_A.detach(), self.perp_B.detach(), self.perp_bits
         if not hasattr(weight, "placements"):
             return self.perp.weight(weight, a, b, bits).to(weight.dtype)
-        from torch.distributed.tensor import distribute_tensor
-
         here, bits = in_this_process(weight, bits.cpu().numpy())
         left, right = self.perp.product(a.full_tensor(), b.full_tensor())
-        left = distribute_tensor(left.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        left = rows_here(left.contiguous(), weight)
         a, b = (left.t(), right.t()) if self.perp.transposed else (right, left)
         made = self.perp.weight(here, a, b, bits.to(here.device)).to(here.dtype)
         how = {"run_check": False, "shape": weight.shape, "stride": weight.stride()}
@@ -332,8 +331,7 @@ def check_kinds(train: tuple[str, ...] | str, rank: int) -> tuple[str, ...]:
     adapters = [kind for kind in train if kind in ADAPTERS]
     if len(adapters) > 1 or ("full" in train and len(train) > 1):
         raise ValueError(f"train={train}: one adapter at a time, and 'full' only alone.")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+    check_count("rank", rank)
     return train
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .patterns import check_count
 from .pruning import check_model
 from .ranks import Ranks
 from .serialization import STATE
@@ -69,12 +69,9 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
     ):
         if not 0 <= warm_up < 1 or not 0 <= recovery < 1 or warm_up + recovery >= 1:
             raise ValueError(f"warm_up and recovery are shares of the steps, together below 1: got {warm_up} and {recovery}.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of steps of at least 1, got {every!r}.")
+        check_count("every", every)
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self._plan = Plan(parameters, counts, tuple(kinds) if kinds else None, per_parameter=per_parameter)
-        if together is not None:
-            self._plan = replace(self._plan, together=dict(together))
+        self._plan = Plan(parameters, counts, kinds, together, per_parameter)
         self._warm_up, self._recovery, self._every, self._compensates = warm_up, recovery, every, compensate
         self._order, self._decay = order, decay
         Saliency(None, order, decay)  # says what is wrong with them
@@ -115,14 +112,14 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             self._saliency.restore(known["saliency"])
         self._close_compensation()  # of a training that was interrupted
         first, last = self._span(state.max_steps)
-        if self._compensates and state.global_step < last:
-            grams = optimizer.param_groups[0].setdefault(_GRAMS, {})  # checkpoints hold what the optimizer holds
-            kinds = self._plan.kinds_of(self._groups)
-            self._compensation = Compensation(self._groups, kinds, grams=grams, ranks=Ranks.launched())
         if first >= last:
             raise ValueError(
                 f"the {state.max_steps} steps leave none to remove anything in: make them more, or warm_up and recovery less."
             )
+        if self._compensates and state.global_step < last:
+            grams = optimizer.param_groups[0].setdefault(_GRAMS, {})  # checkpoints hold what the optimizer holds
+            kinds = self._plan.kinds_of(self._groups)
+            self._compensation = Compensation(self._groups, kinds, grams=grams, ranks=Ranks.launched())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self._span(state.max_steps)[1]:

@@ -169,19 +169,13 @@ def prune_model(
                     **({"reconstruct": dataclasses.asdict(how)} if how else {}),
                     **({"bf16": True} if plan.bf16 and needs_data else {}),
                 },
-                model=type(model).__name__,
                 blocks=blocks,
                 sparsity=masks.sparsity(),
                 model_sparsity=masks.sparsity() * masks.numel() / weights.numel,
-                sequences=len(sequences),
-                tokens=sum(map(len, sequences)),
-                seconds=time.perf_counter() - started,
                 gradient_seconds=gradient_seconds,
-                peak_memory=peak(),
                 skipped=skipped,
-                base_model=base_of(model),
-                calibration=described(calibration) if sequences else "",
-                versions=versions(),
+                **facts_of(model, calibration, sequences, started),
+                peak_memory=peak(),
             )
             if keep is not None:
                 keep(masks, report)
@@ -313,18 +307,22 @@ def sequences_for(model: PreTrainedModel, config: PruningConfig, calibration: An
     )
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that a result depends on."""
-    return {name: sys.modules[name].__version__ for name in (__package__, "torch", "transformers")}
-
-
-def base_of(model: PreTrainedModel) -> str | None:
-    """The Hub name that a model was loaded from, or the name of its folder."""
+def facts_of(model: PreTrainedModel, calibration: Any, sequences: list[Tensor], started: float) -> dict[str, Any]:
+    """What every report tells: of the model, by the Hub name that it was loaded from or the name of its folder; of the data; of the
+    time since `started`; and of the libraries that a result depends on."""
     name = getattr(model.config, "_name_or_path", None) or None
-    return Path(name).name if name and Path(name).is_dir() else name
+    return {
+        "model": type(model).__name__,
+        "base_model": Path(name).name if name and Path(name).is_dir() else name,
+        "calibration": _described(calibration) if sequences else "",
+        "sequences": len(sequences),
+        "tokens": sum(map(len, sequences)),
+        "seconds": time.perf_counter() - started,
+        "versions": {library: sys.modules[library].__version__ for library in (__package__, "torch", "transformers")},
+    }
 
 
-def described(calibration: Any) -> str:
+def _described(calibration: Any) -> str:
     """The data's name, if it has one: a file's without its folder, a Hub data set's."""
     if isinstance(calibration, (str, Path)):
         return Path(calibration).name if Path(calibration).exists() else str(calibration)

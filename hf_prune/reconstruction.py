@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .blocks import Block, Call, Decoder, Part, Store, eager_experts, halves_of
 from .masks import Masks
-from .patterns import one_of
+from .patterns import check_count, one_of
 from .perp import attach, check_kinds, masked_gradients
 
 
@@ -62,8 +62,10 @@ class Reconstruction:
             raise ValueError(f"train={wrong[0]!r} is of a whole model: a block takes 'full', 'mask_lora' or another kind.")
         one_of("targets", self.targets, ("dense", "sparse"))
         one_of("unit", self.unit, ("half", "block"))
-        if self.epochs < 1 or not 0 < self.held_out < 1 or self.batch_tokens < 1:
-            raise ValueError(f"epochs and batch_tokens must be positive and held_out in (0, 1): got {self}.")
+        check_count("epochs", self.epochs)
+        check_count("batch_tokens", self.batch_tokens)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be a share in (0, 1), got {self.held_out!r}.")
 
     def rate(self, width: int) -> float:
         """The learning rate for a model of that `width`."""

@@ -13,7 +13,7 @@ from .blocks import as_it_was
 from .calibration import batches_of
 from .checkpoint import check_finite
 from .config import PruningConfig
-from .pruning import base_of, check_model, count_peak, described, sequences_for, versions
+from .pruning import check_model, count_peak, facts_of, sequences_for
 from .report import PruningReport
 from .structural import Groups, built_with, check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
@@ -24,7 +24,11 @@ _BATCH_TOKENS = 1024
 
 
 def shrink_model(
-    model: PreTrainedModel, config: PruningConfig, calibration: Any = None, tokenizer: Any = None
+    model: PreTrainedModel,
+    config: PruningConfig,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    tokens_per_batch: int | None = None,
 ) -> PruningReport:
     """Takes groups out of `model`, in place, as `config` with a structural method and pattern says.
 
@@ -46,19 +50,16 @@ def shrink_model(
         check(groups)
         counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}
         counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
-        plan = Plan(
-            pattern.parameters, counts or None, kinds=tuple(method.kinds) if method.kinds else None,
-            per_parameter=method.per_parameter, together=method.together,
-        )  # fmt: skip
+        plan = Plan(pattern.parameters, counts or None, method.kinds, method.together, method.per_parameter)
         plan.check(groups)
         if counts and (reason := illegal(built_with(groups, counts).config)):
             raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")
         sequences = sequences_for(model, config, calibration, tokenizer)
         shape = _shape(groups, sequences[0])
         saliency = Saliency(groups, method.order, decay=0.0)
-        listening = Compensation(groups, plan.kinds_of(groups)) if method.compensate else None
+        listening = Compensation(groups, plan.kinds_of(groups), decay=None) if method.compensate else None
         try:
-            _accumulate(model, sequences)
+            _accumulate(model, sequences, tokens_per_batch)
             saliency.update()
         finally:
             if listening:
@@ -76,25 +77,19 @@ def shrink_model(
     after = _shape(groups, sequences[0])
     return PruningReport(
         config=config.to_dict(),
-        model=type(model).__name__,
-        sequences=len(sequences),
-        tokens=sum(map(len, sequences)),
-        seconds=time.perf_counter() - started,
-        peak_memory=peak(),
         skipped=dict(groups.refused),
-        base_model=base_of(model),
-        calibration=described(calibration),
-        versions=versions(),
+        **facts_of(model, calibration, sequences, started),
+        peak_memory=peak(),
         structure={key: [shape[key], after[key]] for key in shape},
     )
 
 
-def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor]) -> None:
+def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor], tokens_per_batch: int | None) -> None:
     """The gradient of the mean loss of `sequences`, in every parameter."""
     model.requires_grad_(True)
     device, tokens = model.get_input_embeddings().weight.device, sum(map(len, sequences))
     with torch.enable_grad():
-        for ids in tqdm(batches_of(sequences, _BATCH_TOKENS), desc="saliency", unit="batch"):
+        for ids in tqdm(batches_of(sequences, tokens_per_batch or _BATCH_TOKENS), desc="saliency", unit="batch"):
             ids = ids.to(device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             if not torch.isfinite(loss):

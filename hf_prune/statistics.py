@@ -93,6 +93,13 @@ class Hessian:
     def is_finite(self) -> bool:
         return bool(self.gram.diagonal().isfinite().all())
 
+    def damped(self, damping: float) -> Tensor:
+        """gram + damping * mean(diag) * I, both triangles."""
+        matrix = self.gram.triu()
+        matrix += self.gram.triu(1).t()
+        matrix.diagonal().add_(damping * self.gram.diagonal().mean())
+        return matrix
+
     def factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """The unit upper triangular `feedback` (in, in) and `curvature` (in,) with
         gram + damping * mean(diag) * I = feedback @ diag(curvature) @ feedback^T, and the damping that was used.

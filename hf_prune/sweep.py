@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .blocks import as_it_was
 from .distillation import Distillation
 from .masks import Masks
+from .patterns import check_count
 from .perp import attach, masked_gradients
 from .pruning import check_model
 from .reconstruction import optimizer_of
@@ -83,8 +84,8 @@ def sweep_learning_rate(
     rates = [float(f"{centre * 10 ** (i / 2):.2g}") for i in range(-2, 3)] if rates is None else sorted({*map(float, rates)})
     if not rates or not all(0 < rate < math.inf for rate in rates):
         raise ValueError(f"rates must be some positive learning rates, or None for five around {centre:g}; got {rates}.")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}.")
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
     rows, held = _rows(model, train_dataset, "train_dataset"), _rows(model, held_out, "held_out")
     held = [_batch(held[i : i + batch_size], model.device) for i in range(0, len(held), batch_size)]
     generator, order = torch.Generator().manual_seed(seed), []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import blocks_of
 from .journal import fingerprint
-from .masks import Masks, offloading_hook, where_kept
+from .masks import Masks, offloading_hook, rows_here, where_kept
 
 
 class Weights:
@@ -150,7 +150,7 @@ class Elsewhere(Weights):
             yield
             for whole in self._changed & {*here.values()}:
                 parameter, stored = self._present[whole]
-                stored.copy_(_rows(whole.detach(), parameter))
+                stored.copy_(whole.detach() if parameter.is_meta else rows_here(whole.detach(), parameter))
         finally:
             for registry, name, before in replaced:
                 registry[name] = before
@@ -192,12 +192,3 @@ def _run(hook: AlignDevicesHook, forward: Callable[..., Any], *args: Any, **kwar
     """What is left of the `hook` of accelerate: inputs come to where the module computes."""
     device = hook.execution_device
     return forward(*send_to_device(args, device), **send_to_device(kwargs, device, skip_keys=hook.skip_keys))
-
-
-def _rows(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """What this process keeps of the `whole` values of `parameter`."""
-    if parameter.is_meta:
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

@@ -196,7 +196,7 @@ def test_training_from_a_cache(tmp_path):
 
 def test_errors(tmp_path):
     dense, model = make("llama"), pruned()
-    for how, match in ((dict(top_k=0), "top_k must be at least 1"), (dict(weight=2), "weight must be in")):
+    for how, match in ((dict(top_k=0), "top_k must be a whole number of at least 1"), (dict(weight=2), "weight must be in")):
         with pytest.raises(ValueError, match=match):
             Distillation(dense, **how)
     with pytest.raises(ValueError, match="give cache="):

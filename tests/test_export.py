@@ -147,6 +147,11 @@ def onnx_graph(path: Path, nodes: list, constants: dict[str, numpy.ndarray]) -> 
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], [y], values)), path)
 
 
+def test_experts_of_one_parameter_may_have_several_patterns():
+    filled = numpy.ones((2, 8), bool)
+    assert graph._counts(filled, ~filled, "2:4, 4:8") == (16, 16, None)
+
+
 @pytest.mark.parametrize("how", ["merged", "gemm", "half", "folded", "int8", "integer", "bits"])
 def test_whatever_the_graph_made_of_a_linear(tmp_path, how):
     model = pruned()
@@ -293,6 +298,11 @@ class TestOptimumCli:
         words = (tmp_path / "dense", tmp_path / "out", "--method", "magnitude", "--pattern", "4:8")
         assert self.run(monkeypatch, "prune", *words) == 0
         assert set(hf_prune.load(tmp_path / "out").pruning_masks.patterns.values()) == {"4:8"}
+
+    def test_compact_is_for_zeros(self, monkeypatch, tmp_path, capsys):
+        words = ("nowhere", tmp_path / "out", "--method", "taylor", "--pattern", "ffn:0.25", "--calibration", "x", "--compact")
+        assert self.run(monkeypatch, "prune", *words) == 2
+        assert "the model is smaller as it is" in capsys.readouterr().err
 
     def test_export_of_what_is_not_2_4(self, monkeypatch, tmp_path, llama, capsys):
         llama.save_pretrained(tmp_path / "dense")

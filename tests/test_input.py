@@ -31,6 +31,8 @@ def config(**changes):
         ({"comparison_group": "column"}, "row"),
         ({"propagate": "sideways"}, "linear"),
         ({"n_samples": 0}, "at least 1"),
+        ({"method": "sparsegpt", "method_options": {"block_size": 2.5}}, "whole number"),
+        ({"method": "sparsegpt", "method_options": {"refit": -1}}, "refit of sparsegpt must be a whole number"),
         ({"sequence_length": "long"}, "whole number"),
         ({"overrides": {"*": "5:4"}}, "4:5"),
         ({"method": "gblm", "method_options": {"alpha": "papers"}}, "paper"),
@@ -101,7 +103,7 @@ def test_quantized_and_adapted_and_offloaded():
         adapted.prune(config(), ids_for())
     with torch.device("meta"):
         meta = type(model)(model.config)
-    with pytest.raises(ValueError, match="on the device 'meta': call hf_prune.prune_checkpoint"):
+    with pytest.raises(ValueError, match="on the device 'meta' and has no values"):
         meta.prune(config(), ids_for())
 
 

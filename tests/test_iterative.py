@@ -60,10 +60,23 @@ def test_with_a_trainer_and_after_an_interruption(tmp_path):
     assert hf_prune.prune_iteratively(model, config, train, calibration=ids_for()) == [] and len(calls) == 4
 
 
+@pytest.mark.parametrize("group", ["model", "block", "matrix"])
+def test_what_competes_is_reached_together(group):
+    config = PruningConfig("magnitude", sparsity=0.75, comparison_group=group)
+    model = make("llama")
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(3.0)  # keeps more than its share
+    assert len(hf_prune.prune_iteratively(model, config, lambda *_: None, rounds=2)) == 2
+    assert hf_prune.prune_iteratively(model, config, lambda *_: None, rounds=2) == []
+
+
 def test_refuses():
     model = make("llama")
     before = snapshot(model)
-    for options, message in (({"schedule": "square"}, "linear, cubic"), ({"rounds": 0}, "at least 1")):
+    for options, message in (
+        ({"schedule": "square"}, "linear, cubic"),
+        ({"rounds": 0}, "at least 1"),
+        ({"rounds": 2.5}, "whole number"),
+    ):
         with pytest.raises(ValueError, match=message):
             hf_prune.prune_iteratively(model, MAGNITUDE, lambda *args: None, **options)
     with pytest.raises(TypeError, match="train must be a function"):

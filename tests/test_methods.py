@@ -136,6 +136,41 @@ def test_fixed_mask_is_only_refitted(pattern):
     assert after < before
 
 
+def output_error(result, weight, x):
+    """With the part of damping that the solver minimises too."""
+    gram = x.double().t() @ x.double()
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    missed = (result.weight - weight).double()
+    return ((missed @ gram) * missed).sum()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_refit_nears_the_least_squares_fit(pattern, fixed):
+    weight, x = problem()
+    mask = run(Wanda(), weight, x, pattern).mask if fixed else None
+    plain, some, many = (run(SparseGPT(refit=n), weight, x, pattern, fixed=mask) for n in (0, 10, 1000))
+    gram = x.double().t() @ x.double()
+    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    wanted = torch.zeros_like(weight, dtype=torch.float64)
+    for row, kept, dense in zip(wanted, plain.mask, weight.double()):
+        row[kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ dense)
+    for result in (some, many):
+        assert torch.equal(result.mask, plain.mask) and not result.weight[~plain.mask].any()
+    least = output_error(many._replace(weight=wanted), weight, x)
+    first, tenth, last = (output_error(result, weight, x) for result in (plain, some, many))
+    assert least * 0.9999 <= last <= least * 1.0001 and least * 0.9999 <= tenth < first
+    assert first - tenth > 0.5 * (first - least)
+
+
+def test_refit_of_a_row_without_weights_and_of_old_zeros():
+    weight, x = problem(out=8)
+    old = torch.rand_like(weight) > 0.3
+    old[0] = False
+    result = run(SparseGPT(refit=50), weight * old, x, Unstructured(0.5), kept=old)
+    assert not (result.mask & ~old).any() and result.weight.isfinite().all() and not result.weight[~result.mask].any()
+
+
 @pytest.mark.parametrize("name", MASKING)
 def test_old_zeros_stay(name):
     weight, x = problem()

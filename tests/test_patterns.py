@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import keep_highest
 
-from hf_prune.patterns import NM, Unstructured, lowest_of_all, parse
+from hf_prune.patterns import NM, Structured, Unstructured, lowest_of_all, parse
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -42,16 +42,19 @@ def test_jointly_is_one_comparison():
 
 @pytest.mark.parametrize(
     "words,pattern",
-    [("2:4", NM(2, 4)), ("unstructured", Unstructured(0.5)), ("unstructured:0.6", Unstructured(0.6)), (0.3, Unstructured(0.3)), ("60%", Unstructured(0.6))],
+    [("2:4", NM(2, 4)), ("unstructured", Unstructured(0.5)), ("unstructured:0.6", Unstructured(0.6)), (0.3, Unstructured(0.3)), ("60%", Unstructured(0.6)),
+     ("parameters:20000000", Structured(parameters=20_000_000)), (0.123456789, Unstructured(0.123456789)), ("heads:0.5,ffn:0.25", Structured((("heads", 0.5), ("ffn", 0.25))))],
 )  # fmt: skip
 def test_parse(words, pattern):
     assert parse(words) == pattern
     assert parse(str(pattern)) == pattern
 
 
-@pytest.mark.parametrize("words", ["4:2", "3:5:1", "4:4", "0:4", "half", "", "1.0", "-0.5", 1.0, math.nan, None, True])
+@pytest.mark.parametrize(
+    "words", ["heads:0.25,heads:0.5", "4:2", "3:5:1", "4:4", "0:4", "half", "", "1.0", "-0.5", 1.0, math.nan, None, True]
+)
 def test_parse_refuses(words):
-    with pytest.raises((ValueError, TypeError), match="pattern|sparsity"):
+    with pytest.raises((ValueError, TypeError), match="pattern|sparsity|one share"):
         parse(words)
 
 

@@ -200,7 +200,7 @@ def test_table():
     ("held_out has 1 sequences and no token", dict(held_out=[{"input_ids": [3, 4], "labels": [-100, -100]}])),
     (r"train_dataset\[1\] must be one sequence", dict(train_dataset=[[3, 4], [5]])), (r"train_dataset\[0\] has ids", dict(train_dataset=[[3, 400]])),
     (r"held_out\[0\] must be token ids or a dict", dict(held_out=[{"text": "a"}])), ("rates must be", dict(rates=[])),
-    ("rates must be", dict(rates=[0.0])), ("rates must be", dict(rates=[math.nan])), ("steps and batch_size", dict(steps=0)),
+    ("rates must be", dict(rates=[0.0])), ("rates must be", dict(rates=[math.nan])), ("steps must be a whole number", dict(steps=0)),
     ("must name some of", dict(train="mask-lora")), ("finds nothing to train", dict(train="bias")),
 ])  # fmt: skip
 def test_errors(match, changes):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..patterns import one_of
+from ..patterns import check_count, one_of
 from ..statistics import ActivationNorm, GradientNorm
 from .base import Method, register
 
@@ -56,8 +56,8 @@ class GBLM(Method):
         if self.alpha == "paper" and self.over == "tokens":
             raise ValueError("alpha='paper' of gblm weighs gradients of samples: leave out over='tokens'.")
         one_of("scope of gblm", self.scope, ("model", "block"))
-        if self.gradient_samples is not None and self.gradient_samples < 1:
-            raise ValueError(f"gradient_samples of gblm must be at least 1, got {self.gradient_samples!r}.")
+        if self.gradient_samples is not None:
+            check_count("gradient_samples of gblm", self.gradient_samples)
 
     @property
     def order(self) -> int:

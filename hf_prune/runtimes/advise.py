@@ -221,8 +221,9 @@ def _measure(
 
 def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Contender -> rows -> milliseconds, and why others have none; as `to_semi_structured` would find them."""
-    from .semi_structured import measured_plan, milliseconds, sample
+    from .semi_structured import check_triton, measured_plan, milliseconds, sample
 
+    check_triton()
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
     smaller = weight[: math.ceil(KEPT * len(weight))].clone()
     plans = [measured_plan(_with_zeros(weight, pattern), None) for pattern in ("50 %", "2:4") if pattern not in shape.problems]

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from triton.language.extra import libdevice
 
-from .decode_kernel import DTYPES, _half, as_groups, current
+from .decode_kernel import DTYPES, _half, as_groups, check_matrix, current
 
 
 MAX_ROWS = 4
@@ -56,10 +56,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: another dtype.
         ValueError: no matrix, or 2^31 weights are kept.
     """
-    if weight.dim() != 2 or not weight.numel():
-        raise ValueError(f"the packed layout is of a matrix (out, in), got shape {tuple(weight.shape)}.")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"the packed layout holds float16 or bfloat16, got {weight.dtype}: convert the model first.")
+    check_matrix(weight)
     weight = weight.detach().contiguous()
     kept = weight.view(torch.int16) != 0
     words = functional.pad(kept, (0, -weight.shape[1] % WORD)).unflatten(1, (-1, WORD))

@@ -66,6 +66,14 @@ def is_semi_structured(weight: Tensor) -> bool:
     return bool((_groups(weight).view(torch.int16) != 0).sum(-1).max() <= 2)
 
 
+def check_matrix(weight: Tensor) -> None:
+    """Raises ValueError or TypeError for what cannot be packed, whatever its zeros."""
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"the packed layout is of a matrix (out, in), got shape {tuple(weight.shape)}.")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"the packed layout holds float16 or bfloat16, got {weight.dtype}: convert the model first.")
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`values` and `codes` of a 2:4 `weight` (out, in) in float16 or bfloat16, see the layout above.
 
@@ -73,14 +81,11 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: another dtype.
         ValueError: more than two weights in a group of four, or no matrix.
     """
-    if weight.dim() != 2 or not weight.numel():
-        raise ValueError(f"the packed layout is of a matrix (out, in), got shape {tuple(weight.shape)}.")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"the packed layout holds float16 or bfloat16, got {weight.dtype}: convert the model first.")
-    if not is_semi_structured(weight):
-        raise ValueError("the weight is not 2:4: more than two of four neighbours along `in` are not zero.")
+    check_matrix(weight)
     quads = _groups(weight)
     kept = (quads.view(torch.int16) != 0).to(torch.int32)
+    if kept.sum(-1).max() > 2:
+        raise ValueError("the weight is not 2:4: more than two of four neighbours along `in` are not zero.")
     nibbles = _nibbles().to(weight.device)[kept[..., 0] | kept[..., 1] << 1 | kept[..., 2] << 2 | kept[..., 3] << 3]
     values = quads.gather(-1, _positions(nibbles)).flatten(1)
     words = words_of(weight.shape[1])

@@ -105,7 +105,7 @@ def _compare(path: Path, format: str, linears: dict[str, Linear], masks: Masks) 
 
 
 def _counts(filled: ndarray, kept: ndarray, pattern: str) -> tuple[int, int, int | None]:
-    nm = parse(pattern) if pattern else None
+    nm = parse(pattern) if pattern and ", " not in pattern else None  # which expert has which of several is not known
     off = nm.violations(torch.from_numpy(filled)) if isinstance(nm, NM) else None
     return int((~kept).sum()), int((filled & ~kept).sum()), off
 

@@ -293,8 +293,7 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
         raise TypeError(f"to_semi_structured takes a model, got a {type(model).__name__}.")
     if use not in USES:
         raise ValueError(f"use={use!r} is not known: it is one of {', '.join(map(repr, USES))}.")
-    if decode_kernel is None:
-        raise ImportError("2:4 inference needs Triton: pip install 'hf-prune[sparse]'.")
+    check_triton()
     if any(isinstance(module, SemiStructuredLinear) for module in model.modules()):
         raise ValueError("the model is packed already: call hf_prune.to_dense(model) first.")
     device = _device_of(model)
@@ -327,6 +326,11 @@ def to_semi_structured(model: nn.Module, *, use: str = "any") -> SemiStructuredR
             if hasattr(model, name):
                 setattr(model, name, partial(_refuse, name))
     return report
+
+
+def check_triton() -> None:
+    if decode_kernel is None:
+        raise ImportError("2:4 inference, and timing it, needs Triton: pip install 'hf-prune[sparse]'.")
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -8,14 +8,14 @@ what its text leaves open (running mean, normalisation, order of removal) is a f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import Linear
-from ..patterns import one_of
+from ..patterns import check_count, one_of
 from ..ranks import ALONE, Ranks
 from .groups import KINDS, Axis, Groups, Member
 from .shrink import built_with, illegal, shapes_with
@@ -112,7 +112,8 @@ class Plan:
         parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
         counts: or kind -> number of groups that are to be left in each block ("heads" counts keys and values).
         kinds: that may go; None are all that the model can lose.
-        together: kind -> how many groups go at a time, so that the multiples that kernels like last; 1 if not named.
+        together: kind -> how many groups go at a time, so that the multiples that kernels like last; 1 if not named. None is 8 for
+            "ffn" and "hidden".
         per_parameter: compares kinds by saliency per parameter; False by the sum, under which small groups go first.
 
     Raises:
@@ -122,18 +123,20 @@ class Plan:
     parameters: float | int | None = None
     counts: dict[str, int] | None = None
     kinds: tuple[str, ...] | None = None
-    together: dict[str, int] = field(default_factory=lambda: {"ffn": 8, "hidden": 8})
+    together: dict[str, int] | None = None
     per_parameter: bool = True
 
     def __post_init__(self):
+        self.kinds = tuple(self.kinds) if self.kinds else None
+        self.together = {"ffn": 8, "hidden": 8} if self.together is None else dict(self.together)
         if (self.parameters is None) == (self.counts is None):
             raise ValueError("give either parameters, such as 0.7 of the blocks', or counts, such as {'ffn': 1024}.")
         if self.parameters is not None and not self.parameters > 0:
             raise ValueError(f"parameters must be a share in (0, 1) or a number of at least 1, got {self.parameters!r}.")
         for name in (*(self.kinds or ()), *(self.counts or ()), *self.together):
             one_of("kind", name, KINDS)
-        if any(not isinstance(n, int) or n < 1 for n in (*self.together.values(), *(self.counts or {}).values())):
-            raise ValueError(f"counts and together must be whole numbers of at least 1: got {self}.")
+        for kind, count in (*self.together.items(), *(self.counts or {}).items()):
+            check_count(f"the number of {kind}", count)
 
     def kinds_of(self, groups: Groups) -> tuple[str, ...]:
         """The kinds that may go."""
@@ -227,7 +230,7 @@ class Compensation:
 
     Args:
         damping: of the mean diagonal.
-        decay: of the running mean over forward passes.
+        decay: of the running mean over forward passes; None is the mean over all of them.
         grams: by the name of a linear that reads the input, (in, in) float32; filled, and gone on from, in place.
         ranks: the processes that train together, each of which hears its own share.
     """
@@ -237,14 +240,14 @@ class Compensation:
         groups: Groups,
         kinds: tuple[str, ...],
         damping: float = 0.01,
-        decay: float = 0.9,
+        decay: float | None = 0.9,
         grams: dict[str, Tensor] | None = None,
         ranks: Ranks = ALONE,
     ):
         self.damping, self.decay, self.ranks = damping, decay, ranks
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
-        self._handles = []
+        self._handles, self._heard = [], {}
         first: dict[tuple, str] = {}  # linears that share an input share its Gram matrix
         for kind in kinds:
             for axis in groups.of(kind):
@@ -261,7 +264,9 @@ class Compensation:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
             with torch.autocast(x.device.type, enabled=False):
                 gram = x.t() @ x / len(x)
-            self.grams[key] = torch.lerp(gram, self.grams[key], self.decay) if key in self.grams else gram
+            self._heard[key] = heard = self._heard.get(key, 0) + 1
+            before = 1 - 1 / heard if self.decay is None else self.decay
+            self.grams[key] = torch.lerp(gram, self.grams[key], before) if key in self.grams else gram
 
         return hook
 

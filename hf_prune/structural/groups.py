@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -351,30 +352,25 @@ def _residual_stream(decoder: Decoder, d: int, structures: Any, sliced: set[str]
             if linears[name].out_features != d:
                 return f"{linears[name].name} does not write into the residual stream"
             axis.members += output_members(linears[name], index)
-        inner = {id(p) for linear in block.linears for p in linear.module.parameters(recurse=False)}
-        seen |= inner
-        for path, module in block.module.named_modules():
-            for attribute, parameter in module.named_parameters(recurse=False):
-                name = ".".join(filter(None, (block.name, path, attribute)))
-                if id(parameter) not in inner and name not in sliced:
-                    seen.add(id(parameter))
-                    if parameter.shape == (d,):
-                        axis.members.append(Member(name, parameter, 0, index))
-                        axis.norms += [module] if attribute == "weight" else []
-                    elif d in parameter.shape:
-                        return f"{name} {tuple(parameter.shape)} is of a kind that hf_prune does not know"
-    for path, module in model.named_modules():
+        seen |= {id(p) for linear in block.linears for p in linear.module.parameters(recurse=False)}
+    within = {id(parameter) for parameter in decoder.parameters}
+    for path, module in chain(*(b.module.named_modules(prefix=b.name) for b in decoder.blocks), model.named_modules()):
         for attribute, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            name, in_block = f"{path}.{attribute}", id(parameter) in within
+            if id(parameter) in seen or name in sliced:
                 continue
             seen.add(id(parameter))
-            name = ".".join(filter(None, (path, attribute)))
-            if isinstance(module, (nn.Embedding, nn.Linear)) and parameter.dim() == 2 and parameter.shape[1] == d:
-                axis.members.append(Member(name, parameter, 1, index))
-            elif parameter.shape == (d,) and "norm" in type(module).__name__.lower():
+            if parameter.shape == (d,) and (in_block or "norm" in type(module).__name__.lower()):
                 axis.members.append(Member(name, parameter, 0, index))
                 axis.norms += [module] if attribute == "weight" else []
-            elif d in parameter.shape or parameter.dim() != 1:
+            elif (
+                isinstance(module, (nn.Embedding, nn.Linear))
+                and not in_block
+                and parameter.dim() == 2
+                and parameter.shape[1] == d
+            ):
+                axis.members.append(Member(name, parameter, 1, index))
+            elif d in parameter.shape or (parameter.dim() != 1 and not in_block):
                 return f"{name} {tuple(parameter.shape)} is of a kind that hf_prune does not know"
     return axis
 
