@@ -103,7 +103,7 @@ def main():
         "--bf16", action="store_true", help="hf_prune's forward passes under autocast; llm-compressor has no such option"
     )
     parser.add_argument(
-        "--batch", type=int, default=4, help="sequences a batch of llm-compressor, whose default is 1; ours has 4"
+        "--batch", type=int, default=1, help="sequences a batch of llm-compressor, as is its default; ours has 4"
     )
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
