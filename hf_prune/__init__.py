@@ -10,7 +10,7 @@ from .distillation import Distillation
 from .evaluation import Perplexity, perplexity
 from .iterative import prune_iteratively
 from .masks import Masks
-from .methods import GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
+from .methods import ALPS, GBLM, RIA, Magnitude, Method, SparseGPT, Wanda, register
 from .mixin import PruningMixin, install, reconstruct
 from .patterns import NM, Unstructured
 from .pruning import prune_model
@@ -24,7 +24,7 @@ from .sweep import sweep_learning_rate
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
+    "ALPS", "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_checkpoint", "prune_iteratively", "prune_model", "reconstruct", "register",
     "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise", "advise", "to_dense", "to_semi_structured",

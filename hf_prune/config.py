@@ -26,7 +26,7 @@ class PruningConfig:
     """What to prune, how, and from how much text.
 
     Attributes:
-        method: "magnitude", "wanda", "sparsegpt", "gblm", "ria", or an instance of a `Method`.
+        method: "magnitude", "wanda", "sparsegpt", "alps", "gblm", "ria", "taylor", or an instance of a `Method`.
         pattern: "unstructured" (with `sparsity`), "unstructured:0.6", or "N:M" that keeps N of every M weights along `in`.
         sparsity: fraction of weights to prune, in [0, 1); for the pattern "unstructured".
         method_options: fields of the method, such as `{"damping": 0.05}`; only if `method` is a name.

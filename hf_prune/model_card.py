@@ -32,7 +32,7 @@ END = "<!-- hf_prune:end -->"
 
 _SECTION = re.compile(r"<!-- hf_prune:begin(?:(?!hf_prune:begin).)*?hf_prune:end -->", re.S)
 _METADATA = re.compile(r"\A\s*---\r?\n.*?\n---\r?\n", re.S)
-_TITLES = {"sparsegpt": "SparseGPT", "gblm": "GBLM", "ria": "RIA", "wanda": "Wanda"}
+_TITLES = {"alps": "ALPS", "sparsegpt": "SparseGPT", "gblm": "GBLM", "ria": "RIA", "wanda": "Wanda"}
 
 
 def write_card(folder: Path, report: PruningReport, *, old: str | None, base: str | None, tags: Sequence[str] = ()) -> None:

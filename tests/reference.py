@@ -54,3 +54,31 @@ def sparsegpt(weight, x, pattern, damping=0.01, block_size=128):
             error = (w[:, j] - w[:, j] * mask[:, j]) / u[j, j]
             w[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
     return w * mask, mask
+
+
+def alps(weight, x, pattern, damping=0.01, penalty=0.1):
+    """By the eigenvectors of the Hessian, as the authors do, and the exact least-squares fit in the end; float64."""
+    hessian = x.double().t() @ x.double()
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+    scale = hessian.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(hessian / scale / scale[:, None])
+    d = weight.double() * scale
+    target = d @ (vectors * values) @ vectors.t()
+    v, mask, before = torch.zeros_like(d), keep_highest(d.abs(), pattern, "matrix"), None
+    for i in range(300):
+        if i % 3 == 0:
+            if i:
+                changed = (mask != before).double().mean()
+                if changed < 3e-4 and i >= 30:
+                    break
+                penalty *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
+            before = mask
+        w = (target - v + penalty * d) @ (vectors / (values + penalty)) @ vectors.t()
+        d = w + v / penalty
+        mask = keep_highest(d.abs(), pattern, "matrix")
+        d = d * mask
+        v = v + penalty * (w - d)
+    fitted = torch.zeros_like(d)
+    for row, kept, dense in zip(fitted, mask, weight.double()):
+        row[kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ dense)
+    return fitted, mask

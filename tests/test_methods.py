@@ -5,7 +5,7 @@ import reference
 import torch
 from conftest import MASKING
 
-from hf_prune import GBLM, RIA, Magnitude, SparseGPT, Wanda
+from hf_prune import ALPS, GBLM, RIA, Magnitude, SparseGPT, Wanda
 from hf_prune.methods import REGISTRY
 from hf_prune.methods.base import Job
 from hf_prune.patterns import NM, Unstructured
@@ -161,6 +161,37 @@ def test_refit_nears_the_least_squares_fit(pattern, fixed):
     first, tenth, last = (output_error(result, weight, x) for result in (plain, some, many))
     assert least * 0.9999 <= last <= least * 1.0001 and least * 0.9999 <= tenth < first
     assert first - tenth > 0.5 * (first - least)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_alps_equals_reference_and_is_better(pattern):
+    weight, x = problem()
+    result = run(ALPS(), weight, x, pattern)
+    expected, mask = reference.alps(weight, x, pattern)
+    assert (result.mask != mask).float().mean() < 0.01  # rounding is fed back
+    assert not result.weight[~result.mask].any()
+    wanted, *others = (
+        output_error(r, weight, x)
+        for r in (result._replace(weight=expected), result, run(SparseGPT(refit=10), weight, x, pattern))
+    )
+    assert others[0] < 1.01 * wanted and others[0] < others[1]
+
+
+def test_a_weight_does_not_depend_on_those_beside_it():
+    weight, x = problem(out=96)
+    alone = [run(ALPS(), part, x, NM(2, 4)) for part in weight.split(48)]
+    hessian = Hessian(256)
+    for piece in x.split(300):
+        hessian.update(piece)
+    together = ALPS().prune([Job(part, (hessian,), NM(2, 4)) for part in weight.split(48)], "matrix")
+    for one, other in zip(alone, together):
+        assert torch.equal(one.mask, other.mask) and torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize("values", [{"iterations": 0}, {"refit": 1.5}, {"penalty": 0}, {"damping": 0}])
+def test_alps_refuses(values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))}.* of alps"):
+        ALPS(**values)
 
 
 def test_refit_of_a_row_without_weights_and_of_old_zeros():

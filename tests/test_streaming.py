@@ -17,7 +17,7 @@ from hf_prune.cli import main
 
 
 SMALL = {"n_samples": 6, "sequence_length": 24}
-METHODS = ["magnitude", "wanda", "sparsegpt", "ria", GBLM(), GBLM(scope="block"), GBLM(alpha="paper")]
+METHODS = ["magnitude", "wanda", "sparsegpt", "alps", "ria", GBLM(), GBLM(scope="block"), GBLM(alpha="paper")]
 
 
 def saved(folder, family="llama", shards="60KB", **changes):

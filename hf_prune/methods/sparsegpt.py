@@ -21,6 +21,7 @@ from torch import Tensor
 from ..patterns import NM, check_count, first_line, lowest
 from ..statistics import Hessian
 from .base import Job, Method, Pruned, register
+from .refit import refit
 
 
 _TILE = 8  # columns that take one another's changes before the rest of the slab does
@@ -68,7 +69,8 @@ class SparseGPT(Method):
             dense = columns.clone() if self.refit else None
             self._solve(columns, feedback, curvature, choice)
             if self.refit:
-                _refit(columns, dense, choice.gone, jobs[0].statistics[0].damped(damping), self.refit)
+                hessian = jobs[0].statistics[0].damped(damping)
+                refit(columns.t(), dense.t(), choice.gone.t(), hessian, self.refit)
             for i, weight, gone in zip(members, columns.split(choice.sizes, 1), choice.gone.split(choice.sizes, 1)):
                 results[i] = Pruned(weight.t().contiguous(), gone.t().contiguous().logical_not_(), damping)
         return [results[i] for i in range(len(jobs))]
@@ -101,25 +103,6 @@ class SparseGPT(Method):
             w[a:b] = slab[:size]
             if choice.columns:
                 choice.gone[a:b] = gone[:size]
-
-
-def _refit(w: Tensor, dense: Tensor, gone: Tensor, hessian: Tensor, steps: int) -> None:
-    """Brings the pruned W^T `w` (in, rows), in place, nearer to the least of tr((w - dense)^T H (w - dense)), zero where `gone`.
-
-    Conjugate gradients, preconditioned by the diagonal: each row has a problem of its own, and all share their products with H.
-    """
-    left, scale = gone.logical_not().to(w.dtype), hessian.diagonal().reciprocal()[:, None]
-    residual = (hessian @ (dense - w)).mul_(left)
-    direction = residual * scale
-    slope = (residual * direction).sum(0)
-    for _ in range(steps):
-        curved = (hessian @ direction).mul_(left)
-        length = slope / (direction * curved).sum(0).clamp_min_(1e-30)
-        w.addcmul_(direction, length)
-        residual.addcmul_(curved, length, value=-1)
-        torch.mul(residual, scale, out=curved)
-        before, slope = slope, (residual * curved).sum(0)
-        direction.mul_(slope / before.clamp_min_(1e-30)).add_(curved)
 
 
 def _slab_kernel(device: torch.device, columns: int) -> ModuleType | None:
