@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from smollm2 import load
 
 import hf_prune
-from hf_prune.cli import _value
+from hf_prune.cli import value_of
 
 
 transformers.logging.set_verbosity_error()
@@ -83,7 +83,7 @@ def main():
     print(f"{'dense':<34}{hf_prune.perplexity(model, None, evaluation).perplexity:>11.2f}", flush=True)
     for row in args.methods:
         method, pattern, propagate, *options = row.split(",")
-        options = {name: _value(text) for name, text in (option.split("=") for option in options)}
+        options = {name: value_of(text) for name, text in (option.split("=") for option in options)}
         model.load_state_dict(dense)
         config = hf_prune.PruningConfig(
             method=method, pattern=pattern, propagate=propagate or None, method_options=options,

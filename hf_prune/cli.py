@@ -108,7 +108,8 @@ def _pairs(words: list[str], option: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def _value(text: str):
+def value_of(text: str):
+    """JSON, or else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -117,7 +118,7 @@ def _value(text: str):
 
 def _prune(args) -> int:
     words = {f.name: getattr(args, f.name) for f in dataclasses.fields(PruningConfig) if hasattr(args, f.name)}
-    options = {name: _value(text) for name, text in _pairs(args.option, "--option").items()}
+    options = {name: value_of(text) for name, text in _pairs(args.option, "--option").items()}
     config = PruningConfig(**words, method_options=options, overrides=_pairs(args.override, "--override"))
     if config.needs_calibration and not args.calibration:
         raise ValueError(f"method {config.method.name!r} needs --calibration; 'magnitude' needs none.")

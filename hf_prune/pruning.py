@@ -122,7 +122,7 @@ def prune_model(
         changed = parameters.values() if how is None else decoder.parameters
         with Undo(changed) as undo:
             masks = weights.masks
-            masks.update({name: old_masks[name] for name in old_masks if name not in parameters})
+            masks.update(old_masks.renamed({name: name for name in old_masks if name not in parameters}))  # one at a time
 
             def before_change(parameter: nn.Parameter) -> None:
                 if (kept := weights.kept_of(parameter)) is not None:

@@ -136,12 +136,16 @@ def test_fixed_mask_is_only_refitted(pattern):
     assert after < before
 
 
-def output_error(result, weight, x):
-    """With the part of damping that the solver minimises too."""
+def damped_gram(x):
     gram = x.double().t() @ x.double()
     gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    return gram
+
+
+def output_error(result, weight, x):
+    """With the part of damping that the solver minimises too."""
     missed = (result.weight - weight).double()
-    return ((missed @ gram) * missed).sum()
+    return ((missed @ damped_gram(x)) * missed).sum()
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -150,8 +154,7 @@ def test_refit_nears_the_least_squares_fit(pattern, fixed):
     weight, x = problem()
     mask = run(Wanda(), weight, x, pattern).mask if fixed else None
     plain, some, many = (run(SparseGPT(refit=n), weight, x, pattern, fixed=mask) for n in (0, 10, 1000))
-    gram = x.double().t() @ x.double()
-    gram.diagonal().add_(0.01 * gram.diagonal().mean())
+    gram = damped_gram(x)
     wanted = torch.zeros_like(weight, dtype=torch.float64)
     for row, kept, dense in zip(wanted, plain.mask, weight.double()):
         row[kept] = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ dense)

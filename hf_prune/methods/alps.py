@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..patterns import check_count
 from ..statistics import Hessian
-from .base import Job, Method, Pruned, forget, register
+from .base import Job, Method, Pruned, register
 from .refit import refit
 
 
@@ -57,17 +57,16 @@ class ALPS(Method):
     def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
         """As `Method.prune`; each weight alone, since how fast its masks settle decides what it becomes."""
         hessian = jobs[0].statistics[0].damped(self.damping)
-        return [self._prune(job, hessian, group) for job in jobs]
-
-    def _prune(self, job: Job, hessian: Tensor, group: str) -> Pruned:
-        weight, mask = self._solve(job, hessian, group)
-        refit(weight, job.weight, ~mask, hessian, self.refit)
-        return Pruned(weight.add_(0.0), mask, self.damping)  # -0.0 + 0.0 is +0.0
-
-    def _solve(self, job: Job, hessian: Tensor, group: str) -> tuple[Tensor, Tensor]:
-        """D and its mask, (out, in) both."""
         scale = hessian.diagonal().clamp_min(1e-30).sqrt()
-        hessian = hessian / scale / scale[:, None]
+        scaled, results = hessian / scale / scale[:, None], []
+        for job in jobs:
+            weight, mask = self._solve(job, scaled, scale, group)
+            refit(weight, job.weight, mask, hessian, self.refit)
+            results.append(Pruned(weight.add_(0.0), mask, self.damping))  # -0.0 + 0.0 is +0.0
+        return results
+
+    def _solve(self, job: Job, hessian: Tensor, scale: Tensor, group: str) -> tuple[Tensor, Tensor]:
+        """D and its mask, (out, in) both, given the `hessian` of inputs that were divided by `scale` (in,)."""
         d = job.weight * scale
         target, multiplier = d @ hessian, torch.zeros_like(d)
         penalty, mask, before = self.penalty, _mask_of(job, d, group), None
@@ -92,5 +91,6 @@ class ALPS(Method):
 
 def _mask_of(job: Job, weight: Tensor, group: str) -> Tensor:
     """Of the greatest entries of `weight`, or the one that the job has."""
-    mask = job.pattern.mask(forget(weight.abs(), job.kept), group) if job.fixed is None else job.fixed
-    return mask if job.kept is None else mask & job.kept
+    if job.fixed is None:
+        return job.chosen(weight.abs(), group)
+    return job.fixed if job.kept is None else job.fixed & job.kept

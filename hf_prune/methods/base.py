@@ -21,6 +21,11 @@ class Job(NamedTuple):
     kept: Tensor | None = None
     fixed: Tensor | None = None
 
+    def chosen(self, scores: Tensor, group: str) -> Tensor:
+        """The mask that keeps the highest `scores` (out, in) as the pattern says, and nothing that is gone already."""
+        mask = self.pattern.mask(forget(scores, self.kept), group)
+        return mask if self.kept is None else mask & self.kept
+
 
 class Pruned(NamedTuple):
     """The outcome for one linear: new `weight` (out, in) fp32, zero where `mask` (out, in) bool is False; a solver's damping."""
@@ -51,11 +56,11 @@ class Method:
     def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
         """Prunes the linears that read one input; scores compete within each "row" or the "matrix" (`group`)."""
         results = []
-        for weight, known, pattern, old, mask in jobs:
+        for job in jobs:
+            mask = job.fixed
             if mask is None:
-                mask = pattern.mask(forget(self.score(weight, *known), old), group)
-                mask = mask if old is None else mask & old
-            results.append(Pruned((weight * mask).add_(0.0), mask))  # twice as fast as masked_fill; -0.0 + 0.0 is +0.0
+                mask = job.chosen(self.score(job.weight, *job.statistics), group)
+            results.append(Pruned((job.weight * mask).add_(0.0), mask))  # twice as fast as masked_fill; -0.0 + 0.0 is +0.0
         return results
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def refit(weight: Tensor, dense: Tensor, gone: Tensor, hessian: Tensor, steps: int) -> None:
-    """Brings `weight` (rows, in), in place, nearer to the least of tr((W - dense) H (W - dense)^T), zero where `gone` (bool).
+def refit(weight: Tensor, dense: Tensor, mask: Tensor, hessian: Tensor, steps: int) -> None:
+    """Brings `weight` (rows, in), in place, nearer to the least of tr((W - dense) H (W - dense)^T) that is zero where `mask` is False.
 
     Conjugate gradients, preconditioned by the diagonal of the `hessian` H (in, in), both triangles: each row has a problem of its
     own, and all share their products with H.
     """
-    left, scale = gone.logical_not().to(weight.dtype), hessian.diagonal().clamp_min(1e-30).reciprocal()
-    residual = ((dense - weight) @ hessian).mul_(left)
+    kept, scale = mask.to(weight.dtype), hessian.diagonal().clamp_min(1e-30).reciprocal()
+    residual = ((dense - weight) @ hessian).mul_(kept)
     direction = residual * scale
     slope = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
-        curved = (direction @ hessian).mul_(left)
+        curved = (direction @ hessian).mul_(kept)
         length = slope / (direction * curved).sum(1, keepdim=True).clamp_min_(1e-30)
         weight.addcmul_(direction, length)
         residual.addcmul_(curved, length, value=-1)

@@ -37,7 +37,7 @@ class SparseGPT(Method):
         damping: added to the diagonal of H, relative to its mean; raised tenfold, and reported, if H has no Cholesky factor.
         refit: steps of conjugate gradients after the last column. The walk has fitted each column to those before it; now that
             the mask is known, all that is left of a row comes nearer to its least-squares fit (ALPS, arXiv 2406.07831, section 3.3).
-            10 take half as long as the walk, and more gain little; 0 is the paper's SparseGPT.
+            10 took half a forward pass of SmolLM2, and 30 gained little more; 0 is the paper's SparseGPT.
     """
 
     block_size: int = 128
@@ -70,7 +70,7 @@ class SparseGPT(Method):
             self._solve(columns, feedback, curvature, choice)
             if self.refit:
                 hessian = jobs[0].statistics[0].damped(damping)
-                refit(columns.t(), dense.t(), choice.gone.t(), hessian, self.refit)
+                refit(columns.t(), dense.t(), ~choice.gone.t(), hessian, self.refit)
             for i, weight, gone in zip(members, columns.split(choice.sizes, 1), choice.gone.split(choice.sizes, 1)):
                 results[i] = Pruned(weight.t().contiguous(), gone.t().contiguous().logical_not_(), damping)
         return [results[i] for i in range(len(jobs))]
