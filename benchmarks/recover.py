@@ -79,6 +79,11 @@ def rows_of(args: argparse.Namespace, pruned: str, way: str) -> list[dict]:
         share = model.pruning_masks.numel() / sum(p.numel() for p in model.parameters())
         measure("reconstruction", share, error=[sum(error[i] for error in errors.values()) / len(errors) for i in (0, 1)])
     share = 0.0
+    if how.get("distil") and args.written:
+        started = time.perf_counter()
+        own = hf_prune.self_calibration_sequences(fresh(), train, n_samples=args.written, sequence_length=512)
+        train = torch.cat([train, torch.stack(own)])
+        seconds += time.perf_counter() - started
     if how.get("train"):
         distillation = hf_prune.Distillation(fresh().to(torch.bfloat16), weight=args.weight) if how.get("distil") else None
         callback = hf_prune.PERPCallback(how["train"], distillation=distillation)
@@ -110,6 +115,7 @@ def main():
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--weight", type=float, default=0.5, help="of the distillation")
+    parser.add_argument("--written", type=int, default=0, help="sequences that the dense model writes, to distil with as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)

@@ -16,6 +16,7 @@ from .patterns import NM, Unstructured
 from .pruning import prune_model
 from .reconstruction import Reconstruction
 from .report import PruningReport
+from .self_calibration import self_calibration_sequences
 from .serialization import load
 from .streaming import prune_checkpoint
 from .sweep import sweep_learning_rate
@@ -27,7 +28,7 @@ __all__ = [
     "ALPS", "GBLM", "KeepMasksCallback", "NM", "PERPCallback", "RIA", "Decoder", "Distillation", "Linear", "Magnitude", "Masks", "Method",
     "EfficientLLMCallback", "Perplexity", "PruningConfig", "PruningMixin", "PruningReport", "Reconstruction", "SparseGPT", "Unstructured", "Wanda",
     "calibration_sequences", "expand", "install", "load", "perplexity", "prune_checkpoint", "prune_iteratively", "prune_model", "reconstruct", "register",
-    "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise", "advise", "to_dense", "to_semi_structured",
+    "self_calibration_sequences", "sweep_learning_rate", "ExportReport", "check_zeros", "export", "load_exported", "quantise", "advise", "to_dense", "to_semi_structured",
 ]  # fmt: skip
 
 install()

@@ -41,7 +41,8 @@ def calibration_sequences(
 
     Text gives sequences of exactly `sequence_length`: documents are shuffled and joined, with the end-of-sequence token
     between them ("packed"), or one random window is taken of each document that is long enough ("paper", as in the code of
-    arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them.
+    arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them; with "paper" a random window of
+    each that is longer.
 
     Of an example with columns "text", "content", "messages" or "conversations" counts, or else the only one that is a string.
 
@@ -65,6 +66,9 @@ def calibration_sequences(
     items = itertools.chain([first], items)
     if _is_ids(first):
         sequences = list(itertools.islice(_unpadded(items), n_samples))
+        if sampling == "paper":
+            rng = random.Random(seed)
+            sequences = [ids[rng.randrange(max(1, len(ids) - sequence_length + 1)) :][:sequence_length] for ids in sequences]
         _check_ids(sequences, sequence_length, n_samples, vocab_size)
         return sequences
     if not callable(tokenizer):

@@ -175,7 +175,10 @@ def _top_of(logits: Tensor, k: int, temperature: float) -> list[Tensor]:
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum over the rows in `wanted` of KL(teacher || student); its gradient is made at once, piece by piece."""
+    """Sum over the rows in `wanted` of KL(teacher || student); its gradient is made at once, piece by piece.
+
+    What the teacher never says counts for nothing, though both logits be -inf: a model may mask a part of its vocabulary.
+    """
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, wanted: Tensor, temperature: float) -> Tensor:
@@ -184,7 +187,7 @@ class _Divergence(torch.autograd.Function):
         for piece in wanted.split(_ROWS):
             own, other = (_log_softmax(logits[piece], temperature) for logits in (student, teacher))
             target = other.exp()
-            total += torch.dot(target.flatten(), other.sub_(own).flatten())
+            total += torch.dot(target.flatten(), other.sub_(own).masked_fill_(target == 0, 0).flatten())
             ctx.gradient[piece] = own.exp_().sub_(target).div_(temperature).to(student.dtype)
         return total
 
@@ -211,8 +214,10 @@ class _TopDivergence(_Divergence):
             known = own.gather(-1, where)
             wished = own.scatter(-1, where, -torch.inf)
             beyond = wished.logsumexp(-1, keepdim=True)
-            total += (target * (other - torch.cat([known, beyond], -1))).sum()
-            wished.sub_(beyond).exp_().mul_(target[:, -1:]).scatter_(-1, where, target[:, :-1])
+            total += (target * (other - torch.cat([known, beyond], -1)).masked_fill_(target == 0, 0)).sum()
+            wished.sub_(beyond.clamp_min(torch.finfo(beyond.dtype).min)).exp_().mul_(target[:, -1:]).scatter_(
+                -1, where, target[:, :-1]
+            )
             ctx.gradient[piece] = own.exp_().sub_(wished).div_(temperature).to(student.dtype)
         return total
 

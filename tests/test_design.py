@@ -23,6 +23,7 @@ LEVELS = [
         "evaluation",
         "reconstruction",
         "distillation",
+        "self_calibration",
     },
     {"config", "pruning", "shrinking"},
     {
@@ -42,7 +43,7 @@ LEVELS = [
         "cli",
     },
 ]
-WITHIN_LEVEL = {("callbacks", "model_card"), ("callbacks", "peft_adapters"), ("callbacks", "serialization"), ("checkpoint", "journal"), ("checkpoint", "report"), ("checkpoint", "weights"), ("cli", "conversion"), ("cli", "runtimes"), ("cli", "serialization"), ("cli", "streaming"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("iterative", "serialization"), ("journal", "report"), ("masks", "atomic"), ("mixin", "compact"), ("mixin", "model_card"), ("mixin", "serialization"), ("model_card", "serialization"), ("peft_adapters", "serialization"), ("pretraining", "serialization"), ("pruning", "config"), ("report", "evaluation"), ("runtimes", "serialization"), ("sequential", "gradients"), ("sequential", "journal"), ("sequential", "reconstruction"), ("sequential", "report"), ("serialization", "compact"), ("shrinking", "config"), ("shrinking", "pruning"), ("streaming", "model_card"), ("streaming", "serialization"), ("sweep", "serialization"), ("weights", "journal")}  # fmt: skip
+WITHIN_LEVEL = {("callbacks", "model_card"), ("callbacks", "peft_adapters"), ("callbacks", "serialization"), ("checkpoint", "journal"), ("checkpoint", "report"), ("checkpoint", "weights"), ("cli", "conversion"), ("cli", "runtimes"), ("cli", "serialization"), ("cli", "streaming"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("iterative", "serialization"), ("journal", "report"), ("masks", "atomic"), ("mixin", "compact"), ("mixin", "model_card"), ("mixin", "serialization"), ("model_card", "serialization"), ("peft_adapters", "serialization"), ("pretraining", "serialization"), ("pruning", "config"), ("report", "evaluation"), ("runtimes", "serialization"), ("self_calibration", "calibration"), ("self_calibration", "checkpoint"), ("sequential", "gradients"), ("sequential", "journal"), ("sequential", "reconstruction"), ("sequential", "report"), ("serialization", "compact"), ("shrinking", "config"), ("shrinking", "pruning"), ("streaming", "model_card"), ("streaming", "serialization"), ("sweep", "serialization"), ("weights", "journal")}  # fmt: skip
 
 
 def level(name):

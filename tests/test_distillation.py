@@ -9,7 +9,7 @@ from conftest import ids_for, make, snapshot
 from test_perp import pruned, train
 
 from hf_prune import Distillation, PERPCallback
-from hf_prune.distillation import _identity, _top_of, _TopDivergence
+from hf_prune.distillation import _Divergence, _identity, _top_of, _TopDivergence
 
 
 IDS = ids_for(4, 12)
@@ -68,6 +68,27 @@ def test_gradient_is_exact():
     own = torch.cat([own.gather(1, indices.long()), 1 - own.gather(1, indices.long()).sum(1, keepdim=True)], 1)
     (wish,) = torch.autograd.grad((other * (other / own).log()).sum(), plain)
     assert torch.allclose(got.double(), wish, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 15])  # of 20 tokens, 10 of which have a logit that is not -inf
+def test_a_masked_part_of_the_vocabulary_counts_for_nothing(top_k):
+    torch.manual_seed(0)
+    student, teacher, every = torch.randn(6, 20), torch.randn(6, 20), torch.arange(6)
+
+    def found(student, teacher, top_k):
+        student.requires_grad_()
+        known = [teacher] if top_k is None else _top_of(teacher, top_k, 2.0)
+        loss = (_Divergence if top_k is None else _TopDivergence).apply(student, *known, every, 2.0)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    few = None if top_k is None else min(top_k, 9)
+    want, gradient = found(student[:, ::2].clone(), teacher[:, ::2], few)
+    masked = torch.full((6, 20), -torch.inf)
+    got, spread = found(
+        *(masked.index_copy(1, every.new_tensor(range(0, 20, 2)), x[:, ::2]) for x in (student, teacher)), top_k
+    )
+    assert torch.allclose(got, want, atol=1e-2 if top_k else 1e-6), (got, want)
+    assert torch.allclose(spread[:, ::2], gradient, atol=1e-3) and not spread[:, 1::2].any()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
