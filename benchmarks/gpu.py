@@ -27,8 +27,9 @@ import hf_prune
 transformers.logging.set_verbosity_error()
 
 
-def flop(shape: Shape, method: str, tokens: int, length: int, gradient_tokens: int) -> float:
-    """Of one pruning: forward passes, Gram matrices and solves, or the forward and backward passes of gradients."""
+def flop(shape: Shape, method: str, tokens: int, length: int, gradient_tokens: int) -> float | None:
+    """Of one pruning: forward passes, Gram matrices and solves, or the forward and backward passes of gradients; None if the
+    method's arithmetic is not known here."""
     forward = 2 * shape.weights * tokens + 4 * tokens * length * shape.hidden / 2  # causal
     if method == "wanda":
         return 2 * forward * shape.blocks
@@ -38,9 +39,9 @@ def flop(shape: Shape, method: str, tokens: int, length: int, gradient_tokens: i
             2 * out * into**2 * n for out, into, n in shape.linears()
         )
         return (forward + gram + solve) * shape.blocks
-    return (
-        2 * forward + 4 * forward * gradient_tokens / tokens
-    ) * shape.blocks  # recomputed once: 2 f of backward, 2 f of forward
+    if method == "gblm":  # recomputed once: 2 f of backward, 2 f of forward
+        return (2 * forward + 4 * forward * gradient_tokens / tokens) * shape.blocks
+    return None
 
 
 def ceiling(shape: Shape, tokens: int, device: torch.device) -> float:
@@ -102,9 +103,10 @@ def main():
             started = now(device)
             report = model.prune(settings, ids)
             seconds = now(device) - started
-            share = flop(shape, method, ids.numel(), args.length, min(gradients, ids.numel())) / seconds / rate
+            work = flop(shape, method, ids.numel(), args.length, min(gradients, ids.numel()))
+            share = "-" if work is None else f"{work / seconds / rate:.0%}"
             peak = (report.peak_memory or 0) / 2**30
-            print(f"{method:<12}{pattern:<9}{seconds:>9.1f}{share:>13.0%}{peak:>10.1f}{size / 2**30:>11.1f}", flush=True)
+            print(f"{method:<12}{pattern:<9}{seconds:>9.1f}{share:>13}{peak:>10.1f}{size / 2**30:>11.1f}", flush=True)
             assert not model.pruning_masks.violations(model)
             del model
 

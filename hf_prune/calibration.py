@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 _FILES = (".txt", ".jsonl", ".json", ".parquet")
 _TEXTS = ("text", "content")
 _CHATS = ("messages", "conversations")
+_SHARE_GPT = {"human": "user", "gpt": "assistant"}  # its turns are {"from": "human", "value": "..."}
 _PAPER_TRIES = 10_000
 
 
@@ -81,6 +82,13 @@ def calibration_sequences(
     sequences = take(documents, tokenizer, n_samples, sequence_length, random.Random(seed))
     _check_ids(sequences, sequence_length, n_samples, vocab_size)
     return sequences
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence that a model of this config takes; None where it does not say."""
+    text = config.get_text_config()
+    known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
+    return next((positions for positions in known if positions is not None), None)
 
 
 def batches_of(sequences: list[Tensor], tokens_per_batch: int) -> list[Tensor]:
@@ -150,8 +158,10 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
             item = item["input_ids"]
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # of a TensorDataset: (inputs, targets)
             item = item[0]
-        if isinstance(item, (list, tuple)) and item and isinstance(item[0], (list, tuple)):  # of unequal length
-            yield from (torch.tensor(row) for row in item if row)
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], (list, tuple)):  # perhaps of unequal length
+            masks = [None] * len(item) if mask is None else mask
+            rows = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(item, masks, strict=True) if row]
+            yield from _unpadded(rows)
             continue
         ids = torch.as_tensor(item).cpu()
         if ids.is_floating_point() or ids.dim() not in (1, 2):
@@ -163,34 +173,48 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
                 yield row
 
 
-def _text(item: Any, tokenizer: Any) -> str:
+def _text(item: Any, tokenizer: Any) -> tuple[str, bool]:
+    """The text of an example, and whether a chat template has put its special tokens in already."""
     if isinstance(item, Mapping):
         for key in (*_TEXTS, *_CHATS):
             if key in item:
                 return _text(item[key], tokenizer)
         strings = [value for value in item.values() if isinstance(value, str)]
         if len(strings) == 1:
-            return strings[0]
+            return strings[0], False
         raise TypeError(
             f"a calibration example has {len(strings) or 'no'} texts: its columns are {', '.join(map(str, item))}. Name the one that "
             f"counts {' or '.join(map(repr, _TEXTS))}, or chats {' or '.join(map(repr, _CHATS))}, or give a list of texts."
         )
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
-        return tokenizer.apply_chat_template(list(item), tokenize=False)
+        return tokenizer.apply_chat_template([_turn(turn) for turn in item], tokenize=False), True
     if isinstance(item, str):
-        return item
+        return item, False
     raise TypeError(f"calibration must hold texts, chats or token ids, found a {type(item).__name__}.")
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, verbose=False)["input_ids"]
+def _turn(turn: Mapping) -> Mapping:
+    """A turn of a chat with the names that templates know; they take one without content for an empty one."""
+    if "from" in turn and "value" in turn:
+        turn = {"role": _SHARE_GPT.get(turn["from"], turn["from"]), "content": turn["value"]}
+    if turn.get("content") is None and not turn.get("tool_calls"):
+        raise ValueError(
+            f"a turn of a calibration chat has no content: its keys are {', '.join(map(str, turn))}. Allowed are turns of "
+            "'role' and 'content', or of 'from' and 'value'."
+        )
+    return turn
+
+
+def _encode(tokenizer: Any, text: str, templated: bool) -> list[int]:
+    special = {"add_special_tokens": False} if templated else {}
+    return tokenizer(text, verbose=False, **special)["input_ids"]
 
 
 def _packed_windows(documents, tokenizer, n_samples: int, length: int, rng: random.Random) -> list[Tensor]:
     needed, stream, found = n_samples * length, [], 0
     pool: list[list[int]] = []
-    for text in documents:
-        ids = _encode(tokenizer, text)
+    for document in documents:
+        ids = _encode(tokenizer, *document)
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
         pool.append(ids)
@@ -212,13 +236,13 @@ def _packed_windows(documents, tokenizer, n_samples: int, length: int, rng: rand
 
 
 def _paper_windows(documents, tokenizer, n_samples: int, length: int, rng: random.Random) -> list[Tensor]:
-    pool = [text for text in itertools.islice(documents, 100_000) if text]
+    pool = [document for document in itertools.islice(documents, 100_000) if document[0]]
     encoded: dict[int, list[int]] = {}
     windows: list[Tensor] = []
     for _ in range(_PAPER_TRIES if pool else 0):
         index = rng.randrange(len(pool))
         if index not in encoded:
-            ids = _encode(tokenizer, pool[index])
+            ids = _encode(tokenizer, *pool[index])
             encoded[index] = ids if len(ids) > length else []
         if ids := encoded[index]:
             start = rng.randrange(len(ids) - length)

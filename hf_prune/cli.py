@@ -8,8 +8,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from .atomic import check_writable
 from .config import PruningConfig
+from .patterns import first_line, one_of
 from .ranks import Ranks
 
 
@@ -17,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0 if all went well, 2 with a message on stderr if the user's input was wrong, 130 after Ctrl-C."""
     args = _parser().parse_args(arguments)
     try:
+        _check_machine(args)
         return args.run(args)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"hf-prune {args.command}: {error}", file=sys.stderr)
@@ -91,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_machine(args) -> None:
+    """Raises ValueError for a --device that is not here, or a --dtype that is none; `advise` says for itself what it takes."""
+    if args.command not in ("prune", "perplexity"):
+        return
+    one_of("--dtype", args.dtype, ("auto", "bfloat16", "float16", "float32"))
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # no such word, a torch without CUDA, fewer GPUs than that
+        there = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        raise ValueError(f"--device {args.device!r} is not here ({first_line(error)}): give {there}.") from error
+
+
 def _load(args):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,11 +125,11 @@ def _pairs(words: list[str], option: str) -> dict[str, str]:
 
 
 def value_of(text: str):
-    """JSON, or else the text itself."""
+    """JSON, or True, False and None as Python spells them, or else the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _prune(args) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ def check_count(name: str, value: object) -> None:
     """Raises ValueError for what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ValueError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_number(name: str, value: object, least: float = 0.0, above: bool = False) -> None:
+    """Raises ValueError for what is no finite number of at least `least`, or `above` it."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < least or (above and value == least):
+        raise ValueError(f"{name} must be a number {'above' if above else 'of at least'} {least:g}, got {value!r}.")
 
 
 def first_line(error: Exception) -> str:
@@ -212,6 +225,12 @@ def lowest(scores: Tensor, count: int) -> Tensor:
         ties = (scores[row] == threshold[row]).nonzero().flatten()
         chosen[row, ties[len(ties) - surplus[row] :]] = False
     return chosen
+
+
+def lowest_by_row(scores: Tensor, counts: Tensor) -> Tensor:
+    """`lowest` where row i of `scores` (groups, n) has a count of its own, `counts` (groups,); bool. It sorts."""
+    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.empty_like(chosen).scatter_(1, scores.argsort(dim=1, stable=True), chosen)
 
 
 def lowest_of_all(scores: Sequence[Tensor], count: int) -> list[Tensor]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .blocks import Block, Decoder, Linear, Store, as_it_was
-from .calibration import batches_of, calibration_sequences
+from .calibration import batches_of, calibration_sequences, positions_of
 from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
 from .gradients import gradients_by_block, model_gradients
@@ -211,6 +211,8 @@ def check_model(model: nn.Module, elsewhere: bool = False) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
             raise ValueError(f"{name} carries an adapter, which would hide the pruned weight: call merge_and_unload() first.")
+        if hasattr(module, "perp_A"):
+            raise ValueError(f"{name} carries an adapter of PERPCallback: call its merge() or detach() first.")
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
@@ -260,7 +262,7 @@ def _check_patterns(
         if isinstance(pattern, NM) and linear.in_features % pattern.m:
             raise ValueError(
                 f"pattern '{pattern}' needs in_features divisible by {pattern.m}, but {linear.name} has "
-                f"{linear.in_features}. Leave it out with exclude=['*.{linear.name.split('.')[-1]}'] or use "
+                f"{linear.in_features}. Leave it out with exclude=['*.{_leaf(linear)}'] or use "
                 "pattern='unstructured'."
             )
     wide = config.comparison_group in ("block", "model")
@@ -285,12 +287,33 @@ def _check_patterns(
                 raise ValueError(f"the mask of {name} belongs to no linear that is to be pruned.")
         if missing := [name for name in known if name not in fixed]:
             raise ValueError(f"masks were given, but none for {missing[0]}. Exclude it or add its mask.")
+        _check_given(linears, patterns, fixed)
+
+
+def _check_given(linears: list[Linear], patterns: dict[str, Pattern], fixed: Masks) -> None:
+    """Refuses given masks that keep more of a group than an N:M pattern does."""
+    name = mask = None
+    for linear in linears:
+        if not isinstance(pattern := patterns[linear.name], NM):
+            continue
+        if linear.parameter_name != name:  # the experts in one parameter come one after the other
+            name, mask = linear.parameter_name, fixed[linear.parameter_name]
+        if broken := pattern.violations(linear.matrix(mask)):
+            raise ValueError(
+                f"the given mask of {linear.name} is not '{pattern}': {broken} of {linear.weight.numel() // pattern.m} groups keep "
+                f"more than {pattern.n}. Give a config whose pattern is that of the masks, such as pattern='unstructured'."
+            )
+
+
+def _leaf(linear: Linear) -> str:
+    """What a glob calls it: the last word of its name that is no number of an expert."""
+    return linear.name.removesuffix(f".{linear.expert}").split(".")[-1]
 
 
 def sequences_for(model: PreTrainedModel, config: PruningConfig, calibration: Any, tokenizer: Any) -> list[Tensor]:
     if calibration is None:
         raise ValueError(f"{config.method.name} needs calibration text: prune(config, calibration=[...], tokenizer=tokenizer).")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     length = config.sequence_length
     if length is None:
         length = min(2048, positions or 2048)

@@ -24,7 +24,7 @@ from .gradients import block_gradients
 from .journal import Journal
 from .masks import Masks
 from .methods import Magnitude, Method
-from .methods.base import Job, forget
+from .methods.base import Job, Pruned, forget
 from .patterns import NM, Pattern, lowest_of_all
 from .ranks import ALONE, Ranks
 from .reconstruction import Reconstruction, outputs_of, parts_of, reconstruct_block
@@ -339,8 +339,10 @@ class _BlockWork:
         jobs = []
         for linear in task.linears:
             known = _statistics(task.method, linear, source, self.gradients)
-            fixed = self.fixed.get(linear.name, _mask_of(plan.fixed, linear))
-            jobs.append(Job(linear.weight.float(), known, plan.patterns[linear.name], _mask_of(plan.kept, linear), fixed))
+            kept, fixed = _mask_of(plan.kept, linear), self.fixed.get(linear.name, _mask_of(plan.fixed, linear))
+            if fixed is not None and kept is not None:
+                fixed = fixed & kept
+            jobs.append(Job(linear.weight.float(), known, plan.patterns[linear.name], kept, fixed))
         results = task.method.prune(jobs, plan.group if plan.group == "row" else "matrix")
         sample = source.sample if source else None
         for linear, job, result in zip(task.linears, jobs, results):
@@ -351,7 +353,7 @@ class _BlockWork:
             plan.before_change(linear.parameter)
             linear.weight.copy_(result.weight)
             self._remember(linear, result.mask)
-            self._reports[linear.name] = self._linear_report(linear, result, error, task.note)
+            self._reports[linear.name] = self._linear_report(linear, job, result, error, task.note)
 
     def _exchange(self, task: _Task, owner: int) -> None:
         """Takes over what process `owner` made of the linears of `task`."""
@@ -373,16 +375,21 @@ class _BlockWork:
             self.masks[name] = torch.empty(known.shape, dtype=torch.bool, device=mask.device).copy_(known)
         linear.matrix(self.masks[name]).copy_(mask)
 
-    def _linear_report(self, linear: Linear, result, error: float | None, note: str) -> LinearReport:
-        pattern = self.plan.patterns[linear.name]
+    def _linear_report(self, linear: Linear, job: Job, result: Pruned, error: float | None, note: str) -> LinearReport:
+        pattern = job.pattern
         if result.damping is not None and result.damping > self.plan.method.damping:
             note = f"damping raised to {result.damping:g}, its Gram matrix had no Cholesky factor"
         pruned = result.mask.numel() - int(result.mask.count_nonzero())
         if isinstance(pattern, NM):
             holds = pattern.violations(result.mask) == 0
+        elif job.fixed is not None:  # its count is not that of one linear
+            holds = True
         else:
-            rows = linear.out_features if self.plan.group == "row" else 1
-            holds = pruned >= rows * pattern.count(result.mask.numel() // rows) or bool(self.fixed) or bool(self.plan.fixed)
+            groups = result.mask if self.plan.group == "row" else result.mask.reshape(1, -1)
+            over = (~groups).sum(1) - pattern.count(groups.shape[1])
+            holds = not bool(over.any())
+            if job.kept is not None and bool((over > 0).any()):
+                note = note or "more was pruned before, in some rows or all of it, than the pattern asks for"
         return LinearReport(linear.name, str(pattern), pruned / result.mask.numel(), holds, error, result.damping, note)
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
@@ -277,6 +279,67 @@ def test_pruning_on_keeps_old_zeros(llama):
     for name, mask in llama.pruning_masks.items():
         assert not (mask & ~first[name]).any()
     assert abs(llama.pruning_masks.sparsity() - 0.6) < 1e-3
+
+
+def test_pruning_on_is_exact_or_says_so():
+    model = make("llama")
+    model.prune(config_for("wanda", 0.5), ids_for())
+    report = model.prune(config_for("sparsegpt", 0.5, method_options={"block_size": 8}), ids_for())
+    assert report.sparsity == 0.5 and all(linear.pattern_holds for linear in report.linears)
+    model = make("llama")
+    model.prune(config_for("magnitude", 0.5))  # within a matrix: some rows have lost more than half
+    report = model.prune(config_for("magnitude", 0.5, comparison_group="row"))
+    assert report.sparsity > 0.5 and not any(linear.pattern_holds for linear in report.linears)
+    assert all("more was pruned before" in note for note in report.notes.values()) and report.notes
+
+
+@pytest.mark.parametrize("method", MASKING)
+def test_given_masks_of_a_model_with_zeros(method):
+    donor, model = make("llama"), make("llama")
+    donor.prune(config_for("magnitude", "2:4"))
+    model.prune(config_for("magnitude", 0.5))
+    both = {name: mask & donor.pruning_masks[name] for name, mask in model.pruning_masks.items()}
+    report = model.prune(config_for(method, "2:4"), ids_for(), masks=donor.pruning_masks)
+    for name, mask in both.items():
+        assert torch.equal(model.pruning_masks[name], mask) and not model.get_parameter(name)[~mask].any()
+    assert report.sparsity == model.pruning_masks.sparsity() > 0.55
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_given_masks_that_break_the_pattern(family):
+    donor, model = make(family), make(family)
+    donor.prune(config_for("magnitude", 0.7))
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match="the given mask of .* is not '2:4': .* groups keep more than 2.*pattern='unstructured'"
+    ):
+        model.prune(config_for("magnitude", "2:4"), masks=donor.pruning_masks)
+    assert same(model, before)
+    model.prune(config_for("magnitude", 0.7), masks=donor.pruning_masks)
+    assert model.pruning_masks.sparsity() == pytest.approx(0.7, abs=1e-3)
+
+
+def test_experts_are_left_out_by_a_name_that_fits():
+    model = make("mixtral", intermediate_size=36)
+    with pytest.raises(ValueError, match="down_proj") as refused:
+        model.prune(config_for("magnitude", "4:8"))
+    glob = re.search(r"exclude=\['(.*)'\]", str(refused.value))[1]
+    assert glob.endswith((".down_proj", ".w2"))
+    model.prune(config_for("magnitude", "4:8", exclude=[glob]))
+
+
+def test_sequences_are_no_longer_than_the_model(tokenizer):
+    model = make("mpt")  # max_seq_len
+    report = model.prune(PruningConfig("wanda", n_samples=2), [" ".join(["5"] * 200)] * 50, tokenizer)
+    assert report.tokens == 2 * 64
+
+
+def test_a_config_is_replaced():
+    config = config_for("sparsegpt", "2:4", method_options={"damping": 0.05})
+    other = dataclasses.replace(config, n_samples=3)
+    assert other.n_samples == 3 and other.method == config.method
+    with pytest.raises(ValueError, match="method_options go with a method's name"):
+        dataclasses.replace(config, method=hf_prune.Wanda())
 
 
 def test_fixed_masks_are_only_refitted():

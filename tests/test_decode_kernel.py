@@ -198,6 +198,15 @@ else:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids).logits, logits)
 
+    def test_inputs_under_autocast(pruned):
+        model, x = copy.deepcopy(pruned), torch.randn(1, 32)
+        to_semi_structured(model, use="decode")
+        dense, packed = (m.model.layers[0].mlp.up_proj for m in (pruned, model))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(packed(x), dense(x), atol=0.06, rtol=0.03)
+        with pytest.raises((TypeError, RuntimeError)):
+            packed(x)
+
     def test_what_a_packed_model_refuses(pruned, tmp_path):
         model = copy.deepcopy(pruned)
         to_semi_structured(model)

@@ -15,8 +15,9 @@ from conftest import ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_prune
+from hf_prune.cli import main
 from hf_prune.masks import Masks
-from hf_prune.runtimes import exporting, graph
+from hf_prune.runtimes import exporting, graph, quantised
 from hf_prune.runtimes.exported import REPORT
 from hf_prune.runtimes.quantised import as_read
 
@@ -103,6 +104,12 @@ def test_nothing_is_written_where_it_cannot_be(tmp_path, monkeypatch):
         hf_prune.export(model, tmp_path / "new", pattern="2:4")
     with pytest.raises(ValueError, match="not written by hf_prune.export"):
         hf_prune.load_exported(tmp_path / "there")
+    part = make("llama")
+    part.prune(hf_prune.PruningConfig("magnitude", pattern="2:4", include=["*.q_proj"]))
+    with pytest.raises(ValueError, match="pattern='2:4' was asked for throughout, but 12 linears have no mask.*k_proj"):
+        hf_prune.export(part, tmp_path / "new", pattern="2:4")
+    with pytest.raises(ValueError, match=r"bfloat16 on a CPU: export model.float\(\)"):
+        hf_prune.export(make("llama", dtype=torch.bfloat16), tmp_path / "new")
 
     def fails(model, folder):
         (folder / "model.onnx").write_bytes(b"half")
@@ -115,6 +122,36 @@ def test_nothing_is_written_where_it_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exporter 1.0 cannot export this LlamaForCausalLM.*aten.odd"):
         hf_prune.export(model, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_graph_that_does_not_run_leaves_nothing(tmp_path, monkeypatch):
+    class OddError(Exception):
+        pass
+
+    def fails(*_):
+        raise OddError("no kernel for Mul")
+
+    def writes(model, folder):
+        (folder / "model.onnx").write_bytes(b"whole")
+
+    monkeypatch.setattr(exporting, "_exporter", lambda *_: ("exporter 1.0", writes))
+    monkeypatch.setattr(exporting, "zeros_in_graphs", lambda *_: ([], []))
+    monkeypatch.setattr(exporting, "in_runtime", fails)
+    with pytest.raises(ValueError, match="the exported LlamaForCausalLM in float32 does not run: no kernel for Mul"):
+        hf_prune.export(pruned(), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not NATIVE, reason="transformers without exporters")
+def test_a_folder_in_bfloat16_is_exported_in_float32(tmp_path):
+    model = pruned(dtype=torch.bfloat16, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out"), "--pattern", "2:4"]) == 0
+    report, exported = json.loads((tmp_path / "out" / REPORT).read_text()), hf_prune.load_exported(tmp_path / "out")
+    assert {one["stored"] for one in report["linears"]} == {"float"} and not report["problems"]
+    ids = ids_for(1, 5)
+    words = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(exported.generate(ids, **words), model.float().generate(ids, **words))
 
 
 def test_missing_exporters_name_the_extra(monkeypatch, tmp_path, llama):
@@ -197,6 +234,23 @@ class TestQuantised:
         assert hf_prune.check_zeros(model, pruned()) == pruned_weights
         four = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
         assert hf_prune.quantise(pruned("qwen2"), four) > 0
+
+    def test_torchao_leaves_what_is_no_linear(self, monkeypatch):
+        torchao = pytest.importorskip("torchao.quantization")
+        told = []
+        monkeypatch.setattr(quantised.logger, "warning", told.append)
+        model = pruned("gpt2")  # of Conv1D
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="quantises no pruned weight of this GPT2LMHeadModel.*Conv1D.*hf_prune.export"):
+            hf_prune.quantise(model, torchao.Int8WeightOnlyConfig())
+        assert same(model, before) and not told
+        model = pruned("mixtral")
+        masks = model.pruning_masks
+        linears = [name for name in masks if ".self_attn." in name]
+        count = hf_prune.quantise(model, torchao.Int8WeightOnlyConfig())
+        if len(masks[next(name for name in masks if "experts" in name)].shape) == 3:
+            assert count == sum(masks[name].numel() - masks.kept(name) for name in linears)
+            assert "Int8WeightOnlyConfig left 4 pruned weights as they were: model.layers.0.mlp.experts" in told[0]
 
     @pytest.mark.parametrize(
         "scheme", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]

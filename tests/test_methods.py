@@ -6,7 +6,7 @@ import torch
 from conftest import MASKING
 
 from hf_prune import ALPS, GBLM, RIA, Magnitude, SparseGPT, Wanda
-from hf_prune.methods import REGISTRY
+from hf_prune.methods import REGISTRY, Taylor
 from hf_prune.methods.base import Job
 from hf_prune.patterns import NM, Unstructured
 from hf_prune.statistics import ActivationNorm, GradientNorm, Hessian
@@ -191,10 +191,21 @@ def test_a_weight_does_not_depend_on_those_beside_it():
         assert torch.equal(one.mask, other.mask) and torch.equal(one.weight, other.weight)
 
 
-@pytest.mark.parametrize("values", [{"iterations": 0}, {"refit": 1.5}, {"penalty": 0}, {"damping": 0}])
-def test_alps_refuses(values):
-    with pytest.raises(ValueError, match=f"{next(iter(values))}.* of alps"):
-        ALPS(**values)
+@pytest.mark.parametrize(
+    "method,values",
+    [(ALPS, {"iterations": 0}), (ALPS, {"refit": 1.5}), (ALPS, {"penalty": 0}), (ALPS, {"penalty": "x"}), (ALPS, {"damping": 0}), (SparseGPT, {"damping": "abc"}),
+     (SparseGPT, {"damping": float("inf")}), (SparseGPT, {"refit": None}), (RIA, {"power": "abc"}), (RIA, {"power": -1}), (GBLM, {"gradient_checkpointing": "False"}),
+     (Taylor, {"compensate": "False"}), (Taylor, {"per_parameter": 1})],
+)  # fmt: skip
+def test_options_that_are_refused(method, values):
+    with pytest.raises(ValueError, match=f"{next(iter(values))}.* of {method.name} must be"):
+        method(**values)
+
+
+@pytest.mark.parametrize("values", [{"scope": "block"}, {"gradient_samples": 2}])
+def test_gblm_of_the_paper_has_one_number_of_samples(values):
+    with pytest.raises(ValueError, match="the same sequences: leave out"):
+        GBLM(alpha="paper", **values)
 
 
 def test_refit_of_a_row_without_weights_and_of_old_zeros():
@@ -214,6 +225,24 @@ def test_old_zeros_stay(name):
     assert not (result.mask & ~old).any()
     rows = 1 if REGISTRY[name].comparison_group == "matrix" else len(weight)
     assert (~result.mask).sum() == rows * Unstructured(0.6).count(weight.numel() // rows)
+
+
+@pytest.mark.parametrize("group", ["row", "matrix"])
+@pytest.mark.parametrize("end", ["first", "last", "anywhere"])
+def test_sparsegpt_prunes_on_to_the_exact_count(end, group):
+    """Wherever most of the earlier zeros lie; a row that has too many keeps its own, and no more."""
+    weight, x = problem()
+    chance = {"first": torch.linspace(0.9, 0, 256), "last": torch.linspace(0, 0.9, 256), "anywhere": torch.full((256,), 0.45)}
+    old = torch.rand_like(weight) > chance[end]
+    old[3, :140] = False
+    before = (~old).sum(1)
+    result = run(SparseGPT(block_size=32), weight * old, x, Unstructured(0.5), group=group, kept=old)
+    assert not (result.mask & ~old).any()
+    gone = (~result.mask).sum(1)
+    if group == "row":
+        assert torch.equal(gone, before.clamp(min=128)) and gone[3] >= 140
+    else:
+        assert gone.sum() == 128 * len(weight)
 
 
 def test_dead_inputs_go_first_and_damping_is_reported():

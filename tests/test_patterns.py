@@ -4,7 +4,17 @@ import pytest
 import torch
 from reference import keep_highest
 
-from hf_prune.patterns import NM, Structured, Unstructured, lowest_of_all, parse
+from hf_prune.patterns import (
+    NM,
+    Structured,
+    Unstructured,
+    check_flag,
+    check_number,
+    lowest,
+    lowest_by_row,
+    lowest_of_all,
+    parse,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -28,6 +38,24 @@ def test_nm_keeps_n(n, m):
     assert torch.equal(mask, keep_highest(scores, NM(n, m), "row"))
     assert (mask.view(-1, m).sum(1) == n).all()
     assert NM(n, m).violations(mask) == 0
+
+
+def test_each_row_with_its_own_count():
+    scores = torch.randint(0, 4, (6, 20)).float()
+    counts = torch.tensor([0, 20, 7, 7, 1, 19])
+    chosen = lowest_by_row(scores, counts)
+    assert torch.equal(chosen, torch.cat([lowest(row[None], int(count)) for row, count in zip(scores, counts)]))
+
+
+@pytest.mark.parametrize("value", ["1", None, True, math.nan, math.inf, -0.1])
+def test_numbers_and_flags_that_are_none(value):
+    with pytest.raises(ValueError, match="damping must be a number of at least 0, got"):
+        check_number("damping", value)
+    if value is not True:
+        with pytest.raises(ValueError, match="fast must be True or False, got"):
+            check_flag("fast", value)
+    with pytest.raises(ValueError, match="above 0"):
+        check_number("damping", 0, above=True)
 
 
 def test_float_counts():

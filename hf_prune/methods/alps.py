@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patterns import check_count
+from ..patterns import check_count, check_number
 from ..statistics import Hessian
 from .base import Job, Method, Pruned, register
 from .refit import refit
@@ -51,8 +51,8 @@ class ALPS(Method):
     def __post_init__(self):
         check_count("iterations of alps", self.iterations)
         check_count("refit of alps", self.refit)
-        if not (self.penalty > 0 and self.damping > 0):
-            raise ValueError(f"penalty and damping of alps must be above 0, got {self.penalty!r} and {self.damping!r}.")
+        check_number("penalty of alps", self.penalty, above=True)
+        check_number("damping of alps", self.damping, above=True)
 
     def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
         """As `Method.prune`; each weight alone, since how fast its masks settle decides what it becomes."""
@@ -91,6 +91,4 @@ class ALPS(Method):
 
 def _mask_of(job: Job, weight: Tensor, group: str) -> Tensor:
     """Of the greatest entries of `weight`, or the one that the job has."""
-    if job.fixed is None:
-        return job.chosen(weight.abs(), group)
-    return job.fixed if job.kept is None else job.fixed & job.kept
+    return job.chosen(weight.abs(), group) if job.fixed is None else job.fixed

@@ -13,7 +13,7 @@ from ..patterns import Pattern
 
 class Job(NamedTuple):
     """One linear to prune: its `weight` (out, in) fp32, not to be changed; what `needs` lists, shared by the linears of one input;
-    `kept`, a mask (out, in) of an earlier pruning, whose zeros stay; `fixed`, a mask to use as it is."""
+    `kept`, a mask (out, in) of an earlier pruning, whose zeros stay; `fixed`, a mask within it to use as it is."""
 
     weight: Tensor
     statistics: tuple

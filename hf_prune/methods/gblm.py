@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..patterns import check_count, one_of
+from ..patterns import check_count, check_flag, one_of
 from ..statistics import ActivationNorm, GradientNorm
 from .base import Method, register
 
@@ -24,7 +24,8 @@ class GBLM(Method):
 
     Attributes:
         alpha: share of the gradient, from 0 (Wanda) to 1 (gradients alone). "paper" is the authors' score (equation 4), the
-            sum |W_ij| * (||X_j||_2 + 100 * ||G_ij||_p) with their normalisation.
+            sum |W_ij| * (||X_j||_2 + 100 * ||G_ij||_p) with their normalisation, in which both norms are of the same N sequences: it
+            goes with scope "model" and all samples.
         norm: "l1" or "l2".
         over: whose gradients the norm is of: "tokens", or "samples" as in the paper; None is samples with alpha "paper", else
             tokens. Experts that are fused in one parameter are taken by samples.
@@ -58,6 +59,12 @@ class GBLM(Method):
         one_of("scope of gblm", self.scope, ("model", "block"))
         if self.gradient_samples is not None:
             check_count("gradient_samples of gblm", self.gradient_samples)
+        if self.alpha == "paper" and (self.scope == "block" or self.gradient_samples is not None):
+            raise ValueError(
+                "alpha='paper' of gblm weighs activations and gradients of the same sequences: leave out scope='block' and "
+                "gradient_samples."
+            )
+        check_flag("gradient_checkpointing of gblm", self.gradient_checkpointing)
 
     @property
     def order(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..patterns import check_number
 from ..statistics import ActivationNorm
 from .base import Method, register
 
@@ -22,6 +23,9 @@ class RIA(Method):
     paper = "ICLR 2024, openreview Tr0lPx9woF"
     needs = (ActivationNorm,)
     comparison_group = "matrix"
+
+    def __post_init__(self):
+        check_number("power of ria", self.power)
 
     def score(self, weight: Tensor, activation: ActivationNorm) -> Tensor:
         """(out, in) from |W| (out, in) and the activation norm (in,)."""

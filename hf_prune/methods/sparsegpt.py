@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..patterns import NM, check_count, first_line, lowest
+from ..patterns import NM, check_count, check_number, first_line, lowest, lowest_by_row
 from ..statistics import Hessian
 from .base import Job, Method, Pruned, register
 from .refit import refit
@@ -52,9 +52,8 @@ class SparseGPT(Method):
 
     def __post_init__(self):
         check_count("block_size of sparsegpt", self.block_size)
-        if not self.damping >= 0:
-            raise ValueError(f"damping of sparsegpt must be at least 0, got {self.damping!r}.")
-        if self.refit:
+        check_number("damping of sparsegpt", self.damping)
+        if self.refit != 0:
             check_count("refit of sparsegpt", self.refit)
 
     def prune(self, jobs: Sequence[Job], group: str) -> list[Pruned]:
@@ -170,7 +169,7 @@ class _Choice:
         self.sizes = [len(job.weight) for job in jobs]
         self.fixed = jobs[0].fixed is not None
         self.dropped = None
-        if any(job.kept is not None for job in jobs):
+        if not self.fixed and any(job.kept is not None for job in jobs):
             every = [torch.ones_like(job.weight, dtype=torch.bool) if job.kept is None else job.kept for job in jobs]
             self.dropped = ~torch.cat([mask.t() for mask in every], dim=1)
         if self.fixed:
@@ -178,7 +177,7 @@ class _Choice:
         else:
             first = jobs[0].weight
             self.gone = torch.empty(first.shape[1], sum(self.sizes), dtype=torch.bool, device=first.device)
-        self._counted = [0] * len(jobs)  # pruned so far, per row or over the matrix
+        self._counted: list[int | Tensor] = [0] * len(jobs)  # pruned so far, per row or over the matrix
 
     @property
     def columns(self) -> int:
@@ -186,22 +185,32 @@ class _Choice:
         return self.pattern.m if isinstance(self.pattern, NM) and not self.fixed else 0
 
     def at_slab(self, a: int, slab: Tensor, curvature: Tensor, gone: Tensor) -> None:
-        """Unstructured: of columns `a` onwards as many as bring the count up to what is due by then; fills in `gone`."""
+        """Unstructured: of columns `a` onwards as many as are due by then; fills in `gone`."""
         if self.columns:
             return
         b = a + len(slab)
         if not self.fixed:
             scores = self._scores(a, slab, curvature).split(self.sizes, dim=1)
             for i, (part, out) in enumerate(zip(scores, self.gone[a:b].split(self.sizes, dim=1))):
-                due = self.pattern.count(b if self.by_row else b * self.sizes[i]) - self._counted[i]
+                due = self._due(i, a, b)
                 self._counted[i] += due
-                if self.by_row:
-                    out.copy_(lowest(part.t(), min(due, b - a)).t())
+                if not self.by_row:
+                    out.copy_(lowest(part.reshape(1, -1), int(due)).view_as(part))
                 else:
-                    out.copy_(lowest(part.reshape(1, -1), min(due, part.numel())).view_as(part))
-        if self.dropped is not None:
-            self.gone[a:b] |= self.dropped[a:b]
+                    out.copy_((lowest if self.dropped is None else lowest_by_row)(part.t(), due).t())
         gone.copy_(self.gone[a:b])
+
+    def _due(self, i: int, a: int, b: int) -> int | Tensor:
+        """How many of columns `a` to `b` of linear `i` go, over the matrix or in each row: what brings the count up to the share of
+        these columns, but all that are gone already, and no more than leaves room for those that are so in later columns."""
+        each = 1 if self.by_row else self.sizes[i]
+        due = self.pattern.count(b * each) - self._counted[i]
+        if self.dropped is None:
+            return min(due, (b - a) * each)
+        earlier = self.dropped.split(self.sizes, dim=1)[i]
+        here, later = (part.sum(0) if self.by_row else part.sum() for part in (earlier[a:b], earlier[b:]))
+        room = self.pattern.count(len(earlier) * each) - self._counted[i] - later
+        return room.clamp(max=due).clamp(max=(b - a) * each).maximum(here)
 
     def at_span(self, a: int, columns: Tensor, curvature: Tensor, gone: Tensor) -> None:
         """N:M: the M columns from `a` on; fills in `gone`."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..patterns import check_flag
 from .base import Method, register
 
 
@@ -28,3 +29,7 @@ class Taylor(Method):
     name = "taylor"
     paper = "arXiv 2305.11627"
     structural = True
+
+    def __post_init__(self):
+        check_flag("compensate of taylor", self.compensate)
+        check_flag("per_parameter of taylor", self.per_parameter)

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from ..atomic import check_writable, replaced_folder
-from ..blocks import as_it_was
+from ..blocks import Decoder, as_it_was
 from ..masks import Masks
-from ..patterns import one_of
+from ..patterns import first_line, one_of
 from ..serialization import load, settle
 from .exported import REPORT, SETTINGS, in_runtime
 from .graph import SUFFIXES, Found, zeros_in_graphs
@@ -93,7 +93,8 @@ def export(
     """Writes a folder that ONNX Runtime or OpenVINO runs, with a cache for generation; `load_exported` loads it.
 
     Args:
-        model: pruned, smaller or dense, or the folder or Hub name of one.
+        model: pruned, smaller or dense, or the folder or Hub name of one. ONNX Runtime runs no bfloat16 on a CPU: for "onnx" a
+            folder in bfloat16 is read as float32, and a model is refused.
         out: folder; must not hold anything yet.
         format: "onnx" or "openvino".
         tokenizer: saved beside it; of a folder or Hub name its own.
@@ -102,7 +103,8 @@ def export(
         strict: a mask that is lost or not found in the graph is an error; else it is a warning, and in the report.
 
     Raises:
-        ValueError: wrong words, a folder that is not empty, a model that the exporter cannot write (with its reason), a lost mask.
+        ValueError: wrong words, a folder that is not empty, a model that the exporter cannot write or the runtime cannot run (with
+            the reason), a lost mask.
         ImportError: no exporter is installed; says which extra to install.
     """
     one_of("format", format, tuple(SUFFIXES))
@@ -112,11 +114,23 @@ def export(
     exporter, write = _exporter(format, weights)
     check_writable(out)
     if not isinstance(model, PreTrainedModel):
-        tokenizer, model = tokenizer or _tokenizer(model), load(model)
+        name, tokenizer, model = model, tokenizer or _tokenizer(model), load(model)
+        if format == "onnx" and _has_bfloat16(model):
+            logger.warning(f"{name} is in bfloat16, which ONNX Runtime does not run on a CPU: it is exported in float32.")
+            model.float()
+    if format == "onnx" and _has_bfloat16(model):
+        raise ValueError(
+            "ONNX Runtime does not run bfloat16 on a CPU: export model.float() or model.half(), or take format='openvino'."
+        )
     masks = state.masks if (state := settle(model)) else Masks()
     if pattern and set(map(masks.patterns.get, masks)) != {pattern}:
         made = ", ".join(sorted({str(masks.patterns.get(name)) for name in masks})) or "none"
         raise ValueError(f"pattern={pattern!r} was asked for, but the masks of this model are: {made}. Prune it so first.")
+    if pattern and (dense := [linear.name for linear in Decoder(model).linears if linear.parameter_name not in masks]):
+        raise ValueError(
+            f"pattern={pattern!r} was asked for throughout, but {len(dense)} linears have no mask, such as {dense[0]}: prune them "
+            "too, or leave out pattern=."
+        )
     report = ExportReport(format, exporter, weights)
     with replaced_folder(out, lambda name: True) as fresh, as_it_was(model), torch.no_grad():
         try:
@@ -137,15 +151,24 @@ def export(
     return report
 
 
+def _has_bfloat16(model: PreTrainedModel) -> bool:
+    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
 def _examine(report: ExportReport, folder: Path, model: PreTrainedModel, masks: Masks) -> None:
     """Fills `report` with what is in `folder`, and writes it there."""
     report.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     report.settings = {name: value for name, (value, _) in SETTINGS[report.format].items()}
     report.measured = {name: known for name, (_, known) in SETTINGS[report.format].items()}
     report.linears, missing = zeros_in_graphs(folder, report.format, model, masks)
-    report.max_difference, report.largest_logit, report.same_choice = _difference(
-        model, in_runtime(folder, report.format, report.settings)
-    )
+    try:
+        found = _difference(model, in_runtime(folder, report.format, report.settings))
+    except Exception as error:  # a runtime's own exceptions have no other base
+        kind = f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')}"
+        raise ValueError(
+            f"the exported {kind} does not run: {first_line(error)}. Try another dtype, or the other format."
+        ) from error
+    report.max_difference, report.largest_logit, report.same_choice = found
     report.problems = [*(f"not found: {name}" for name in missing), *_problems(report, model.dtype)]
     (folder / REPORT).parent.mkdir(exist_ok=True)
     (folder / REPORT).write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..masks import Masks
 from ..serialization import PruningState, state_of
 from .exported import report_of
 from .graph import zeros_in_graphs
 
+
+logger = logging.get_logger(__name__)
 
 WAY_OUT = (
     "Quantise symmetrically, without GPTQ: torchao's Int8WeightOnlyConfig or IntxWeightOnlyConfig, nncf's INT8_SYM or INT4_SYM, "
@@ -63,13 +66,13 @@ def check_zeros(quantised: PreTrainedModel | str | Path, pruned: PreTrainedModel
 def quantise(model: PreTrainedModel, config: Any) -> int:
     """Quantises the linears of a pruned `model`, but for its head, in place as a torchao `config` says; if zeros would be lost, nothing.
 
-    One pruned linear of every shape is tried on a copy.
+    One pruned linear of every shape is tried on a copy. What torchao leaves as it is, such as fused experts, is named in a warning.
 
     Returns:
-        How many pruned weights were read back, all exactly zero.
+        How many pruned weights of quantised linears were read back, all exactly zero.
 
     Raises:
-        ValueError: the scheme would lose zeros.
+        ValueError: the scheme would lose zeros, or quantises no pruned linear.
         ImportError: torchao is not installed.
     """
     try:
@@ -77,16 +80,25 @@ def quantise(model: PreTrainedModel, config: Any) -> int:
     except ImportError as error:
         raise ImportError("quantise needs torchao: pip install 'hf-prune[quantise]'.") from error
     masks = state_of(model, "quantise").masks
-    shapes = {masks.shape(name): name for name in masks}
+    linears = {name: module for name in masks if isinstance(module := model.get_submodule(name.rpartition(".")[0]), nn.Linear)}
+    shapes, changed = {masks.shape(name): name for name in linears}, False
     for name in shapes.values():
-        module = model.get_submodule(name.rpartition(".")[0])
-        if type(module) is nn.Linear:
-            trial = nn.Sequential(copy.deepcopy(module))
-            quantize_(trial, config)
-            _refuse(_lost(name, trial[0], "weight", ~masks[name]), type(config).__name__)
-    head = model.get_output_embeddings()
+        trial = nn.Sequential(copy.deepcopy(linears[name]))
+        before = trial[0].weight
+        quantize_(trial, config)
+        changed |= trial[0].weight is not before
+        _refuse(_lost(name, trial[0], "weight", ~masks[name]), type(config).__name__)
+    if not changed:
+        raise ValueError(
+            f"{type(config).__name__} quantises no pruned weight of this {type(model).__name__}: torchao takes an nn.Linear, no "
+            "Conv1D and no fused experts. Export it with hf_prune.export(model, folder, weights='int8') instead."
+        )
+    weights, head = {name: linear.weight for name, linear in linears.items()}, model.get_output_embeddings()
     quantize_(model, config, filter_fn=lambda module, _: isinstance(module, nn.Linear) and module is not head)
-    return check_zeros(model)
+    done = [name for name in linears if model.get_submodule(name.rpartition(".")[0]).weight is not weights[name]]
+    if left := [name for name in masks if name not in done]:
+        logger.warning(f"{type(config).__name__} left {len(left)} pruned weights as they were: {', '.join(left)}.")
+    return check_zeros(model, masks.renamed({name: name for name in done}))
 
 
 @torch.no_grad()

@@ -113,6 +113,9 @@ class SemiStructuredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
+        if torch.is_autocast_enabled(x.device.type):  # our kernels are none of the operators that it knows
+            held = (self._parameters.get("weight"), self.values, self.library)
+            flat = flat.to(next(form.dtype for form in held if form is not None))
         form = self.plan.form(len(flat))
         if self.plan.eager and not _captured(flat):
             captured, form = form, self.plan.form(len(flat), eager=True)
