@@ -47,7 +47,6 @@ def main():
         for pattern in ("50%", "2:4"):
             model.load_state_dict(dense)
             model.__dict__.pop("_hf_prune_state", None)
-            model.config.pruning_config = None
             config = hf_prune.PruningConfig(method=method, pattern=pattern, n_samples=16, sequence_length=256)
             started = time.perf_counter()
             report = model.prune(config, calibration, tokenizer)

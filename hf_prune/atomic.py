@@ -43,8 +43,8 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
     fresh.mkdir()
     try:
         yield fresh
+        _flush(fresh)  # takes long; what somebody else writes into `target` meanwhile has to be seen
         old = [entry for entry in target.iterdir() if entry != fresh] if target.exists() else []
-        _flush(fresh)
         if inside:
             made = sorted(entry.name for entry in fresh.iterdir())
             for entry in map(fresh.joinpath, made):
@@ -61,6 +61,8 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
                         shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_take_along)
                     else:
                         _take_along(entry, fresh / entry.name)
+            if target.exists():
+                shutil.copymode(target, fresh)
             _flush_entry(fresh)
             _exchange(fresh, target)
         _flush_entry(place)

@@ -176,6 +176,7 @@ class CheckpointJournal(Journal):
     """A journal whose blocks are the shards of `checkpoint`, so that a block is written once."""
 
     def __init__(self, checkpoint: Checkpoint, identity: dict[str, str]):
+        self.way_out = f"or delete {checkpoint.work} to begin anew"
         super().__init__(checkpoint.work, identity, checkpoint.ranks)
         self._checkpoint = checkpoint
 
@@ -282,6 +283,21 @@ def _files_of(folder: Path) -> dict[str, Path]:
     if lost := sorted(set(named) - {""} - set(found)):
         raise ValueError(f"{folder / named[lost[0]]} lacks {lost[0]}, which {INDEX} says it holds: download it again.")
     return found
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def dtype_of(folder: Path) -> torch.dtype:
+    """Of the first tensor of floating point, which is what Transformers takes where a config says none.
+
+    Raises:
+        ValueError: no safetensors, or damaged ones.
+    """
+    path = min(_files_of(folder).values(), default=None)
+    with readable(path, "weights"), safe_open(path, "pt") as file:
+        stored = [file.get_slice(key).get_dtype() for key in file.keys()]
+    return next((_DTYPES[name] for name in stored if name in _DTYPES), torch.float32)
 
 
 _Place = tuple[nn.Module, str, nn.Parameter]

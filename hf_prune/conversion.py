@@ -25,7 +25,7 @@ from .compact import INDEX, CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
 from .masks import Masks, unpack
 from .model_card import card_of, write_card
-from .serialization import FOLDER, PruningState, check_inside, is_replaced
+from .serialization import FOLDER, PruningState, check_inside, is_replaced, variant_of
 
 
 logger = logging.get_logger(__name__)
@@ -53,7 +53,8 @@ def expand(folder: str | Path, out: str | Path) -> None:
         state = PruningState.load(source)
         if not state.compact:
             raise ValueError(f"{folder} is an ordinary folder already.")
-        state.check_files(source)
+        for variant in sorted(set(map(variant_of, state.files)), key=str):  # others move along, and get new digests
+            state.check_files(source, variant)
         files: Any = CompactFiles([source / name for name in state.compact], state.masks)
         plan = list(files.shards.values())
     else:

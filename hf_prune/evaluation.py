@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .blocks import as_it_was
+from .blocks import as_it_was, input_device
+from .calibration import positions_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def perplexity(
     that the one before has not, with the rest as context.
 
     Args:
-        text: a string, several (joined by a blank line), or ids (length,) or (windows, sequence_length).
+        text: a string, several (joined by a blank line), or ids (length,) or (windows, sequence_length), also as a tokenizer gives them.
         tokenizer: may be None for ids.
         sequence_length: tokens a window, at most the model's positions; default that number, at most 2048, or the width of 2-D ids.
         add_bos: put the tokenizer's BOS token first in every window; default is what the tokenizer itself does with text.
@@ -68,8 +69,9 @@ def perplexity(
 
     Raises:
         ValueError: text shorter than two tokens or one window, ids outside the vocabulary, a window longer than the model allows.
+        TypeError: something that is neither text nor ids.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions, text = positions_of(model.config), _text_or_ids(text)
     if sequence_length is None and isinstance(text, Tensor) and text.dim() == 2:
         sequence_length = text.shape[1]
     length = sequence_length or min(2048, positions or 2048)
@@ -101,7 +103,7 @@ def perplexity(
             end = start + len(window)
             if add_bos:
                 window = torch.cat([ids.new_tensor([bos]), window])
-            window = window.to(model.get_input_embeddings().weight.device)
+            window = window.to(input_device(model))
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits, window[1:].to(logits.device), reduction="none")
             total += float(loss[len(loss) - fresh :].sum(dtype=torch.float64))
@@ -110,12 +112,32 @@ def perplexity(
     return Perplexity(value, count, len(starts), length, stride, bool(add_bos))
 
 
-def _ids(tokenizer: Any, text: Any, bos: int | None) -> Tensor:
-    if isinstance(text, Tensor) or (isinstance(text, Sequence) and len(text) and isinstance(text[0], int)):
+def _text_or_ids(text: Any) -> str | list[str] | Tensor:
+    """Ids as a tensor, whatever they came in, without padding."""
+    given, mask = type(text).__name__, None
+    if isinstance(text, Mapping):
+        text, mask = text.get("input_ids"), text.get("attention_mask")
+    if isinstance(text, str):
+        return text
+    if isinstance(text, Iterable) and not hasattr(text, "__array__"):
+        text = list(text)
+        if all(isinstance(part, str) for part in text):
+            return text
+    try:
         ids = torch.as_tensor(text).cpu()
-        if ids.is_floating_point():
-            raise ValueError(f"token ids must be whole numbers, got {ids.dtype}.")
-        return ids.long().reshape(-1)
+        kept = None if mask is None else torch.as_tensor(mask).cpu().reshape(ids.shape).bool()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"perplexity is of a text, a list of texts, or ids (length,) or (windows, sequence_length), got a {given}: {error}."
+        ) from error
+    if ids.is_floating_point():
+        raise ValueError(f"token ids must be whole numbers, got {ids.dtype}.")
+    return (ids if kept is None or kept.all() else ids[kept]).long()
+
+
+def _ids(tokenizer: Any, text: str | list[str] | Tensor, bos: int | None) -> Tensor:
+    if isinstance(text, Tensor):
+        return text.reshape(-1)
     if tokenizer is None:
         raise ValueError("perplexity of text needs a tokenizer.")
     text = text if isinstance(text, str) else "\n\n".join(text)

@@ -38,6 +38,8 @@ class Journal:
         ValueError: the folder holds the journal of another pruning; says what differs.
     """
 
+    way_out = "or another resume_dir"
+
     def __init__(self, folder: str | Path, identity: dict[str, str], ranks: Ranks = ALONE):
         self.ranks = ranks
         self.folder = Path(folder, f"rank-{self.ranks.index}") if self.ranks.index else Path(folder)
@@ -53,7 +55,7 @@ class Journal:
             ]
             if differs:
                 raise ValueError(
-                    f"{path} is of another pruning. What differs: {'; '.join(differs)}. Give the same, or another resume_dir."
+                    f"{path} is of another pruning. What differs: {'; '.join(differs)}. Give the same, {self.way_out}."
                 )
         else:
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import os
@@ -11,22 +13,34 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .atomic import replaced_folder
-from .blocks import Decoder, as_it_was
+from .blocks import Decoder, as_it_was, replaced
 from .calibration import batches_of
 from .checkpoint import check_finite
 from .compact import compress
 from .config import PruningConfig
 from .masks import Masks
-from .model_card import base_card, card_of, without_section, write_card
+from .model_card import base_card, card_of, of_others, without_section, write_card, write_text
 from .perp import merged_state
 from .pruning import check_model, is_dequantized, prune_model, sequences_for
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
-from .serialization import ADAPTER, FOLDER, STATE, PruningState, is_replaced, remember_source, settle, state_of
+from .serialization import (
+    ADAPTER,
+    FOLDER,
+    STATE,
+    PruningState,
+    is_replaced,
+    remember_source,
+    replaced_variants,
+    settle,
+    state_of,
+    written_in,
+)
 from .shrinking import shrink_model
 from .undo import Undo
 
@@ -173,8 +187,12 @@ def reconstruct(
         how.split(len(batches))
         with Undo(decoder.parameters) as undo:
             errors = reconstruct_blocks(decoder, original, state.masks, batches, how, undo.save)
-    for block in state.report.blocks if state.report else ():
-        block.reconstruction = errors.get(block.name)
+    if state.report:
+        for block in state.report.blocks:
+            block.reconstruction = errors.get(block.name)
+        data = {"n_samples": n_samples, "sequence_length": sequence_length, "seed": seed}
+        state.report.reconstructed = {"how": dataclasses.asdict(how), **data}
+        state.report.evaluations, state.report.timings = [], []  # of the weights that were
     return errors
 
 
@@ -196,42 +214,58 @@ def install() -> None:
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, compact: bool = False, **kwargs):
-        state = _state_to_save(self, compact, kwargs.get("variant"))
         if args:  # by their names, which differ between versions
             kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
+        variant, push, token = kwargs.get("variant"), kwargs.get("push_to_hub", False), kwargs.get("token")
+        state = _state_to_save(self, compact, variant)
         if kwargs.get("state_dict"):
             kwargs["state_dict"] = merged_state(self, kwargs["state_dict"])
-        if not state or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
+        if _is_adapted(self) or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
-        if os.path.exists(os.path.join(save_directory, ADAPTER)):
+        if state and os.path.exists(os.path.join(save_directory, ADAPTER)):
             raise ValueError(f"{save_directory} holds an adapter, which would be loaded instead: save to another folder.")
-        push, token, tags = kwargs.pop("push_to_hub", False), kwargs.get("token"), kwargs.pop("tags", None) or []
-        hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+        hub, tags = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}, kwargs.get("tags") or []
+        name = hub.pop("repo_id", None) or Path(save_directory).resolve().name
+        before, before_there = written_in(save_directory) if Path(save_directory).is_dir() else None, None
+        if state is None and before is None and not (push and _has_masks(name, token, hub.get("revision"))):
+            with _telling(self.config, state):
+                return original(self, save_directory, **kwargs)
+        if push:
+            repo = _repository(name, token, hub)
+            newest = HfApi().model_info(repo, revision=hub.get("revision"), token=token).sha  # what was before may be cached
+            before_there = written_in(repo, token=token, revision=newest)
+        kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB_ARGUMENTS, "push_to_hub", "tags")}
         old = card_of(str(save_directory)) if Path(save_directory).is_dir() else None
         if push:
-            repo = _repository(hub.pop("repo_id", None) or Path(save_directory).resolve().name, token, hub)
-            old = _newer_card(old, repo, token, hub.get("revision"))
-        with replaced_folder(save_directory, functools.partial(is_replaced, variant=kwargs.get("variant"))) as fresh:
+            old = _newer_card(old, repo, token, newest)
+        stale = functools.partial(is_replaced, variants=replaced_variants(variant, before))
+        with replaced_folder(save_directory, stale) as fresh, _telling(self.config, state):
             result = original(self, fresh, **kwargs)
             if compact:
                 compress(fresh, fresh / FOLDER, state.masks)
-            state.save(fresh)
-            if state.report:
+            if state:
+                state.save(fresh, variant, (before, before_there))
+            tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self, "model_tags", None) or [])]
+            if state and state.report:
                 base = base_card(self.config._name_or_path, token, local_files_only=not push)
-                tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self, "model_tags", None) or [])]
                 write_card(fresh, state.report, old=old, base=base, tags=tags)
+            elif old is not None and not state:
+                write_text(fresh, of_others(old, tags))
             made = [entry.name + "/*" * entry.is_dir() for entry in fresh.iterdir()]
-        return _upload(save_directory, repo, made, kwargs.get("variant"), token, hub) if push else result
+        return _upload(save_directory, repo, made, replaced_variants(variant, before_there), token, hub) if push else result
 
     @functools.wraps(original_push)
     def push_to_hub(self, repo_id: str, *args, **kwargs):
         """As Transformers', for a pruned model in one commit with masks and card. `compact=True`, `max_shard_size` as for
         `save_pretrained`."""
         compact = kwargs.pop("compact", False)
-        if not _state_to_save(self, compact):
-            return original_push(self, repo_id, *args, **kwargs)
+        if not _state_to_save(self, compact) and (
+            _is_adapted(self) or not _has_masks(repo_id, kwargs.get("token"), kwargs.get("revision"))
+        ):
+            with _telling(self.config, None):
+                return original_push(self, repo_id, *args, **kwargs)
         if args:
-            raise TypeError("push_to_hub of a pruned model takes all arguments but repo_id by name.")
+            raise TypeError("push_to_hub of a pruned model, or in place of one, takes all arguments but repo_id by name.")
         kwargs.pop("use_temp_dir", None)
         with tempfile.TemporaryDirectory() as folder:
             return self.save_pretrained(Path(folder) / "model", push_to_hub=True, repo_id=repo_id, compact=compact, **kwargs)
@@ -262,10 +296,18 @@ def _repository(name: str, token: Any, hub: dict[str, Any]) -> str:
     return repo
 
 
-def _newer_card(local: str | None, repo: str, token: Any, revision: str | None) -> str | None:
+def _has_masks(name: str, token: Any, revision: str | None) -> bool:
+    """Whether masks are in the repository that is to be pushed to, which need not exist."""
+    repo = name if "/" in name else f"{HfApi().whoami(token=token)['name']}/{name}"
+    try:
+        return written_in(repo, token=token, revision=revision) is not None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return False
+
+
+def _newer_card(local: str | None, repo: str, token: Any, revision: str) -> str | None:
     """The card to go on from: that of the folder, else that of the Hub."""
-    newest = HfApi().model_info(repo, revision=revision, token=token).sha  # a card of before may be cached
-    there = card_of(repo, token=token, revision=newest)
+    there = card_of(repo, token=token, revision=revision)
     if local is None or there is None:
         return local or there
     if without_section(local) != without_section(there):
@@ -273,12 +315,12 @@ def _newer_card(local: str | None, repo: str, token: Any, revision: str | None) 
     return local
 
 
-def _upload(folder: str | Path, repo: str, names: list[str], variant: str | None, token: Any, hub: dict[str, Any]) -> Any:
-    """One commit with what was saved, and without the weights and masks that it replaces."""
+def _upload(folder: str | Path, repo: str, names: list[str], variants: set[str | None], token: Any, hub: dict[str, Any]) -> Any:
+    """One commit with what was saved, and without masks and the weights of `variants`, which it replaces."""
     api = HfApi()
     there = api.list_repo_files(repo, revision=hub.get("revision"), token=token)
-    stale = [name for name in there if is_replaced(name.split("/")[0], variant)]
-    hub = {"commit_message": "Upload pruned model", **{key: value for key, value in hub.items() if value is not None}}
+    stale = [name for name in there if is_replaced(name.split("/")[0], variants)]
+    hub = {"commit_message": "Upload model", **{key: value for key, value in hub.items() if value is not None}}
     return api.upload_folder(
         repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=stale or None, token=token, **hub
     )
@@ -292,7 +334,7 @@ def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = 
     Raises:
         ValueError: what cannot be saved `compact`.
     """
-    state, problem, adapted = None, "", getattr(model, "_hf_peft_config_loaded", False)
+    state, problem, adapted = None, "", _is_adapted(model)
     try:
         state = None if adapted else settle(model)
         if violations := state.masks.violations(model) if state else {}:
@@ -307,12 +349,24 @@ def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = 
         raise ValueError(f"compact=True leaves out what the masks of a model prune, but {why}.")
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
-        model.config.pruning_config = None
-        model.__dict__.pop(STATE, None)
+        model.__dict__[STATE] = None
         return None
     return state
 
 
 def _attach(model: PreTrainedModel, state: PruningState) -> None:
+    """The state is on the instance. Its config may be that of other models too, and tells of it only while it is saved."""
     model.__dict__[STATE] = state
-    model.config.pruning_config = state.summary()
+    if getattr(model.config, "pruning_config", None) is not None:  # of the folder that it was loaded from
+        model.config.pruning_config = state.summary()
+
+
+def _telling(config: Any, state: PruningState | None) -> contextlib.AbstractContextManager[None]:
+    """Within, `config` is that of a model with this `state`."""
+    if state is None and getattr(config, "pruning_config", None) is None:
+        return contextlib.nullcontext()
+    return replaced(config, "pruning_config", state.summary() if state else None)
+
+
+def _is_adapted(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 from yaml import YAMLError
 
 from .masks import MASK_FILE
 from .methods.base import REGISTRY
 from .report import PruningReport
-from .serialization import FOLDER, is_weight_file
+from .serialization import FOLDER, file_of, is_weight_file
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +47,11 @@ def write_card(folder: Path, report: PruningReport, *, old: str | None, base: st
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"{CARD} is left as it was, its metadata cannot be read: {error}")
         return
+    write_text(folder, text)
+
+
+def write_text(folder: Path, text: str) -> None:
+    """README.md, with the bytes that `card_of` found."""
     (folder / CARD).write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
@@ -83,6 +88,21 @@ def render(
 def without_section(text: str) -> str:
     """The text of a card that its owner wrote, without metadata."""
     return _SECTION.sub("", _METADATA.sub("", text)).strip()
+
+
+def of_others(text: str, tags: Sequence[str] = ()) -> str:
+    """A card for weights that have masks no longer: without our section, tags and results, and with `tags`."""
+    try:
+        card = ModelCard(text)
+    except (ValueError, TypeError, YAMLError):
+        return _SECTION.sub("", text)
+    if not _SECTION.search(text):
+        return text
+    card.text = _SECTION.sub("", card.text)
+    kept = [tag for tag in card.data.tags or [] if tag not in REGISTRY and not _OURS.fullmatch(tag)]
+    card.data.tags = list(dict.fromkeys([*kept, *tags])) or None
+    card.data.eval_results = [known for known in card.data.eval_results or [] if known.metric_name != _METRIC] or None
+    return str(card)
 
 
 _METRIC = "perplexity, measured by hf_prune"
@@ -164,7 +184,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _how(report: PruningReport) -> str:
-    config, data = report.config, "no data"
+    config, data, later = report.config, "no data", dict(report.reconstructed)
+    later = [*later.pop("how", {}).items(), *later.items()]
     if report.tokens:
         data = f"{report.calibration}, " if report.calibration else ""
         data += f"{report.sequences} sequences, {report.tokens} tokens, sampling {config['sampling']}, seed {config['seed']}"
@@ -182,6 +203,7 @@ def _how(report: PruningReport) -> str:
         ("sparsity of the pruned linears", f"{report.sparsity:.4f}"),
         ("sparsity of all parameters", f"{report.model_sparsity:.4f}"),
         ("calibration", data),
+        ("reconstructed afterwards", ", ".join(f"{key}={value!r}" for key, value in later)),
         ("peak memory", f"{report.peak_memory / 2**30:.2f} GiB" if report.peak_memory else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
@@ -283,10 +305,16 @@ def _again(report: PruningReport) -> str:
         if value not in (None, [], {}, ["*"]) and (key != "sparsity" or report.config["pattern"] == "unstructured")
     }
     arguments = "\n".join(f"    {key}={value!r}," for key, value in shown.items())
-    data = f"calibration={report.calibration or 'your texts'!r}, tokenizer=tokenizer" if report.tokens else ""
+    source = repr(report.calibration) if report.calibration else "texts"
+    data = f"calibration={source}, tokenizer=tokenizer" if report.tokens else ""
     data += ", bf16=True" if bf16 else ""
-    data += ", reconstruct=hf_prune.Reconstruction(" + ", ".join(f"{k}={v!r}" for k, v in how.items()) + ")" if how else ""
-    name = report.base_model or "the dense model"
+    data += f", reconstruct={_reconstruction(how)}" if how else ""
+    name, after = report.base_model or "the dense model", ""
+    if later := dict(report.reconstructed):
+        how = _reconstruction(later.pop("how"))
+        later = "".join(f", {key}={value!r}" for key, value in later.items())
+        after = f"\ndense = AutoModelForCausalLM.from_pretrained({name!r})"
+        after += f"\nhf_prune.reconstruct(model, dense, calibration=texts, tokenizer=tokenizer, how={how}{later})"
     return f"""```python
 import hf_prune
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -296,8 +324,12 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})
 config = hf_prune.PruningConfig(
 {arguments}
 )
-model.prune(config{", " + data if data else ""})
+model.prune(config{", " + data if data else ""}){after}
 ```"""
+
+
+def _reconstruction(how: dict[str, Any]) -> str:
+    return "hf_prune.Reconstruction(" + ", ".join(f"{key}={value!r}" for key, value in how.items()) + ")"
 
 
 def card_of(name: str | None, **hub: Any) -> str | None:
@@ -306,17 +338,8 @@ def card_of(name: str | None, **hub: Any) -> str | None:
     Raises:
         HfHubHTTPError, LocalEntryNotFoundError: the Hub does not say whether there is one.
     """
-    if not name:
-        return None
-    path = Path(name) / CARD
-    if not Path(name).is_dir():
-        try:
-            path = Path(hf_hub_download(name, CARD, **hub))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return None
-    if not path.is_file():
+    path = file_of(name, CARD, **hub) if name else None
+    if path is None:
         return None
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         return file.read()

@@ -62,7 +62,9 @@ class PruningReport:
         versions: library -> version.
         evaluations: what `add_perplexity` was told.
         timings: what `add_timing` was told.
+        reconstructed: what a later `reconstruct` was told, which drops evaluations and timings of before.
         structure: where whole groups went: what -> [before, after].
+        retrained: whether the training that `prune_iteratively` called after this pruning has ended.
     """
 
     config: dict[str, Any]
@@ -81,7 +83,9 @@ class PruningReport:
     versions: dict[str, str] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    reconstructed: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, list[float]] = field(default_factory=dict)
+    retrained: bool = False
 
     def add_perplexity(self, dataset: str, pruned: Perplexity, dense: Perplexity | None = None) -> None:
         """Remembers a perplexity that was measured, for the model card; replaces an earlier one on the same `dataset`.

@@ -11,11 +11,13 @@ import hashlib
 import json
 import re
 import weakref
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, logging
 
@@ -35,7 +37,8 @@ ON_MISMATCH = ("error", "reapply", "drop")
 
 _SHARD = r"-\d{5}-of-\d{5}"
 _WEIGHTS = re.compile(
-    rf"(pytorch_)?model({_SHARD}|\.[\w-]+)?\.(safetensors|bin)(\.index\.json)?|{FOLDER}/values{_SHARD}\.safetensors"
+    rf"(pytorch_)?model(?P<of_file>\.[\w.-]+?)?({_SHARD})?\.(safetensors|bin)|"
+    rf"(pytorch_)?model\.(safetensors|bin)\.index(?P<of_index>\.[\w.-]+)?\.json|{FOLDER}/values{_SHARD}\.safetensors"
 )
 
 
@@ -44,11 +47,58 @@ def is_weight_file(name: str) -> bool:
     return _WEIGHTS.fullmatch(name) is not None
 
 
-def is_replaced(name: str, variant: str | None = None) -> bool:
-    """Whether a new save, as `variant`, takes the place of that entry: weights in other formats or variants stay."""
-    middle, end = (rf"\.{re.escape(variant)}", rf"\.{re.escape(variant)}") if variant else ("", "")
-    ours = rf"model{middle}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{end}\.json"
-    return name == FOLDER or re.fullmatch(ours, name) is not None
+def variant_of(name: str) -> str | None:
+    """The variant that a weight file of that name belongs to."""
+    found = _WEIGHTS.fullmatch(name)
+    return (found["of_file"] or found["of_index"] or "").removeprefix(".") or None
+
+
+def is_replaced(name: str, variants: Collection[str | None] = (None,)) -> bool:
+    """Whether new `variants` take the place of that entry: weights in other formats or variants stay."""
+    if not is_weight_file(name) or name.startswith("pytorch_") or ".safetensors" not in name:
+        return name == FOLDER
+    return variant_of(name) in variants
+
+
+def written_in(name: str | Path, **hub: Any) -> dict[str, Any] | None:
+    """What `PruningState.save` wrote into a folder or a repository: None if nothing, empty if nobody can read it.
+
+    Raises:
+        HfHubHTTPError, LocalEntryNotFoundError: the Hub does not say whether there is something.
+    """
+    if (path := file_of(name, f"{FOLDER}/{CONFIG_FILE}", **hub)) is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "masks": content["masks"],
+            "files": {file: digest for file, digest in content["files"].items() if is_weight_file(file)},
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def replaced_variants(variant: str | None, before: dict[str, Any] | None) -> set[str | None]:
+    """Those that a new save, as `variant`, takes the place of, where `before` was written: a compact one goes with its masks."""
+    compact = any(name.startswith(f"{FOLDER}/") for name in (before or {}).get("files", ()))
+    return {variant, None} if compact else {variant}
+
+
+def file_of(name: str | Path, file: str, **hub: Any) -> Path | None:
+    """The path of a file in a model folder or in a repository; None where there is none.
+
+    Raises:
+        HfHubHTTPError, LocalEntryNotFoundError: the Hub does not say whether there is one.
+    """
+    path = Path(name) / file
+    if not Path(name).is_dir():
+        try:
+            path = Path(hf_hub_download(str(name), file, **hub))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+    return path if path.is_file() else None
 
 
 @dataclass(eq=False)
@@ -66,19 +116,28 @@ class PruningState:
         keys = ("method", "pattern", "sparsity", "overrides")
         return {**{key: self.config[key] for key in keys}, "format_version": FORMAT_VERSION}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `folder`/pruning, for the weight files that are in `folder` by now."""
+    def save(self, folder: str | Path, variant: str | None = None, before: Iterable[dict[str, Any] | None] = ()) -> None:
+        """Writes `folder`/pruning, for the weight files that are in `folder` by now.
+
+        Where these masks were written `before`, the weight files of variants other than this `variant` go with them still.
+        """
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         digest = self.masks.save(target)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
         weights += target.glob("values-*.safetensors")
+        files: dict[str, str] = {}
+        for known in before:
+            if known and known["masks"] == digest:
+                gone = replaced_variants(variant, known)
+                files.update({name: old for name, old in known["files"].items() if variant_of(name) not in gone})
+        files.update({path.relative_to(folder).as_posix(): _digest(path) for path in sorted(weights)})
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
             "report": self.report.to_dict() if self.report else None,
             "masks": digest,
-            "files": {path.relative_to(folder).as_posix(): _digest(path) for path in sorted(weights)},
+            "files": files,
         }
         (target / CONFIG_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -110,7 +169,7 @@ class PruningState:
         return cls(Masks.load(path, digest), config, report, files, Path(folder))
 
     def check_files(self, folder: Path, variant: str | None = None) -> None:
-        """Compares the weight files in `folder` with those that the masks were saved with.
+        """Compares the weight files of `variant` in `folder` with those that the masks were saved with.
 
         Raises:
             ValueError: one is missing, was changed, or lies elsewhere; or there is one more that would be read instead.
@@ -119,6 +178,8 @@ class PruningState:
             path = folder / name
             if not is_weight_file(name):
                 raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {name!r} as a weight file, which it cannot be.")
+            if variant_of(name) != variant:
+                continue
             if not path.is_file():
                 raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
             check_inside(path, folder)
@@ -129,8 +190,12 @@ class PruningState:
                 if wrong := sorted(named - {*self.files, SIGN}):
                     raise ValueError(f"{path} names {wrong[0]!r}, which is not among the files that were saved with the masks.")
         for path in folder.iterdir():
-            if is_replaced(path.name, variant) and path.name not in {*self.files, FOLDER}:
+            if is_replaced(path.name, {variant}) and path.name not in {*self.files, FOLDER}:
                 raise ValueError(f"{path} is not among the weight files that were saved with the masks: remove it.")
+        if self.files and variant not in (there := set(map(variant_of, self.files))):
+            raise ValueError(
+                f"{folder} has masks for the weights of variant {', '.join(map(repr, there))}, not of {variant!r}."
+            )
 
 
 def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any) -> PreTrainedModel:
@@ -170,7 +235,7 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     if state and named not in (None, *state.files):
         raise ValueError(f"config.json takes its weights from {named!r}, which the masks were not saved with.")
     checked = state is not None and on_mismatch == "error"
-    if state and state.compact:
+    if state and state.compact and not kwargs.get("variant"):
         loaded = _load_compact(name_or_path, state, hub, kwargs)
     else:
         if checked and folder.is_dir():
@@ -227,7 +292,7 @@ def settle(
     if STATE in model.__dict__:
         return model.__dict__[STATE]
     config = getattr(model, "config", None)
-    if getattr(config, "pruning_config", None) is None:
+    if state is None and getattr(config, "pruning_config", None) is None:
         return None
     if model.base_model is model and model.get_output_embeddings() is None:
         return None  # the body of a pruned model shares its config; the names of the masks are those of the whole
@@ -252,7 +317,7 @@ def settle(
         )
     if problem and on_mismatch == "drop":
         logger.warning(f"going on without masks: {problem}")
-        config.pruning_config = None
+        model.__dict__[STATE] = None  # and not in its config, which may be that of other models too
         return None
     if problem:
         logger.warning(f"pruned weights set to zero again: {problem}")

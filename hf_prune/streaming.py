@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .atomic import check_writable, move_whole
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, dtype_of
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import CARD, card_of, write_card
@@ -28,6 +28,12 @@ from .serialization import FOLDER, PruningState, is_replaced, is_weight_file
 
 UNFINISHED = ".unfinished"
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors", ".ckpt"}
+_NOT_FETCHED = [
+    *(f"*{suffix}" for suffix in sorted(_OTHER_WEIGHTS - {".safetensors"})),
+    "*.onnx_data",
+    "original/*",
+    "consolidated*",
+]
 
 
 def prune_checkpoint(
@@ -65,7 +71,7 @@ def prune_checkpoint(
         what = f"method '{config.method.name}'" if config.method.structural else "comparison_group='model'"
         raise ValueError(f"{what} looks at all blocks at once: load the model and call model.prune(config).")
     ranks, target = Ranks.launched(), Path(dst)
-    source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=["*.bin", "*.gguf"]))
+    source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
     if target.resolve() == source.resolve() or target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{dst} is the source or in it, and the source is not changed: give another folder.")
     if target.exists():
@@ -79,8 +85,10 @@ def prune_checkpoint(
     checkpoint = Checkpoint(model, source, work, torch.device(device), ranks)
 
     def keep(masks: Masks, report: PruningReport) -> None:
+        if old and old.report:
+            report.base_model = old.report.base_model
         if not ranks.index:
-            _finish(checkpoint, PruningState(masks, config.to_dict(), report), model)
+            _finish(checkpoint, PruningState(masks, config.to_dict(), report), model, card_of(str(source)) if old else None)
             move_whole(work / "model", target)
             shutil.rmtree(work, ignore_errors=True)
         ranks.wait()
@@ -106,7 +114,7 @@ def _skeleton(source: Path, name: str) -> PreTrainedModel:
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source} is quantized: prune the checkpoint in bfloat16 or float32, then quantize.")
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype_of(source))
     model.config._name_or_path = name
     model.tie_weights()  # each parameter became another one when it lost its values
     if (source / "generation_config.json").is_file():
@@ -114,8 +122,8 @@ def _skeleton(source: Path, name: str) -> PreTrainedModel:
     return model
 
 
-def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel) -> None:
-    """All that belongs into the folder beside the shards of the blocks."""
+def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel, card: str | None) -> None:
+    """All that belongs into the folder beside the shards of the blocks; `card` is that of a source that was pruned before."""
     with checkpoint.present(None):
         checkpoint.write(None)
     checkpoint.write_index()
@@ -130,4 +138,4 @@ def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel)
     model.generation_config.save_pretrained(folder)
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
     state.save(folder)
-    write_card(folder, state.report, old=None, base=card_of(str(source)))
+    write_card(folder, state.report, old=card, base=card_of(str(source)))

@@ -256,3 +256,10 @@ def test_sharded_is_pruned_in_place(family, name, two):
         one.load_state_dict(values, strict=False)
         one.tie_weights()
         torch.testing.assert_close(one(ids_for()[0][None]).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_perplexity_of_an_offloaded_model():
+    ids = ids_for(1, 48)[0]
+    assert hf_prune.perplexity(offloaded("llama"), None, ids, sequence_length=16) == hf_prune.perplexity(
+        make("llama"), None, ids, sequence_length=16
+    )

@@ -229,6 +229,34 @@ def test_card(tmp_path):
     assert again.pruning_report.evaluations == report.evaluations
 
 
+def test_variants_and_a_model_without_masks(hub):
+    model = pruned()
+    model.push_to_hub("repo", variant="fp16")
+    model.push_to_hub("repo")
+    for variant in (None, "fp16"):
+        assert same(hf_prune.load("tester/repo", variant=variant), snapshot(model))
+    make("llama").push_to_hub("repo")
+    files = hub.files("tester/repo")
+    assert "model.fp16.safetensors" in files and not [name for name in files if name.startswith("pruning/")]
+    assert b"hf_prune" not in files["README.md"] and hf_prune.load("tester/repo").pruning_masks is None
+
+
+def test_how_it_can_be_made_again(tmp_path):
+    model, ids = pruned(), ids_for(20, 16)
+    model.pruning_report.add_perplexity("Some text", Perplexity(45.678, 1000, 10, 101, 101, False))
+    model.pruning_report.add_timing("decode", 0.002, 0.001, "a machine")
+    model.save_pretrained(tmp_path)
+    assert "model.prune(config, calibration=texts, tokenizer=tokenizer)\n```" in (tmp_path / "README.md").read_text()
+    how = hf_prune.Reconstruction(batch_tokens=32, epochs=1)
+    hf_prune.reconstruct(model, make("llama"), ids, sequence_length=16, n_samples=20, how=how)
+    assert not model.pruning_report.evaluations and not model.pruning_report.timings
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| reconstructed afterwards | train='full'" in text and "45.68" not in text
+    assert "hf_prune.reconstruct(model, dense, calibration=texts, tokenizer=tokenizer, how=hf_prune.Reconstruction(" in text
+    assert hf_prune.load(tmp_path).pruning_report.reconstructed["n_samples"] == 20
+
+
 def test_a_measured_latency_is_in_the_card(tmp_path):
     model = pruned()
     model.pruning_report.add_timing("decode, batch 1", 0.002, 0.001, "a machine")

@@ -1,5 +1,6 @@
 """Wrong input gives a clear error before any weight is touched, and an interrupted run leaves the weights as they were."""
 
+import copy
 import errno
 import io
 import json
@@ -333,6 +334,38 @@ class TestCalibration:
             assert torch.equal(torch.stack(found), ids)
         ragged = {"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 1]]}  # tokenizer(texts)
         assert [f.tolist() for f in calibration_sequences(ragged, n_samples=2)] == [[5, 6, 7], [8, 9]]
+
+    def test_padded_lists(self):
+        padded = {
+            "input_ids": [[5, 6, 7], [8, 9, 0]],
+            "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        }  # tokenizer(texts, padding=True)
+        assert [f.tolist() for f in calibration_sequences(padded, n_samples=2)] == [[5, 6, 7], [8, 9]]
+
+    def test_chats(self, tokenizer):
+        names = {"user": "human", "assistant": "gpt", "system": "system"}
+        chats = [[{"role": role, "content": text} for role in names] for text in self.texts]
+        other = [{"conversations": [{"from": names[t["role"]], "value": t["content"]} for t in chat]} for chat in chats]
+        seen, template = [], tokenizer.apply_chat_template
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.apply_chat_template = lambda turns, **kwargs: (seen.append(turns), template(turns, **kwargs))[1]
+        one, two = (calibration_sequences(c, tokenizer, n_samples=4, sequence_length=50) for c in (chats, other))
+        assert torch.equal(torch.stack(one), torch.stack(two)) and seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+        assert seen[0] == chats[0]
+        for turn in ({"role": "user"}, {"from": "human", "text": "3"}, {"role": "user", "content": None}):
+            with pytest.raises(ValueError, match=f"no content: its keys are {', '.join(turn)}"):
+                calibration_sequences([[turn]], tokenizer, n_samples=1, sequence_length=4)
+
+    def test_a_template_brings_its_own_special_tokens(self, tokenizer):
+        from tokenizers import processors
+
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+        (ids,) = calibration_sequences([[{"role": "user", "content": "17 18"}]] * 3, tokenizer, n_samples=1, sequence_length=8)
+        assert ids.tolist() == [1, 17, 18, 2, 1, 17, 18, 2]
+        (ids,) = calibration_sequences(["17 18"] * 3, tokenizer, n_samples=1, sequence_length=8)
+        assert ids.tolist() == [1, 17, 18, 2, 1, 17, 18, 2]
 
     def test_columns_in_a_file(self, tokenizer, tmp_path):
         (tmp_path / "a.json").write_text(json.dumps({"text": self.texts}))

@@ -209,6 +209,20 @@ def test_saving_leaves_other_formats_and_variants(saved, tmp_path):
     hf_prune.load(folder, variant="fp16")
 
 
+def test_what_is_written_beside_meanwhile_stays(saved, tmp_path, monkeypatch):
+    folder, flush = tmp_path / "model", hf_prune.atomic._flush
+    shutil.copytree(saved, folder)
+    folder.chmod(0o2775)
+
+    def and_more(fresh):
+        flush(fresh)
+        (folder / "rng_state_1.pth").write_text("of another process")
+
+    monkeypatch.setattr(hf_prune.atomic, "_flush", and_more)
+    hf_prune.load(folder).save_pretrained(folder)
+    assert (folder / "rng_state_1.pth").exists() and folder.stat().st_mode & 0o7777 == 0o2775
+
+
 def test_saving_into_the_working_directory(saved, tmp_path, monkeypatch):
     model = hf_prune.load(saved)
     monkeypatch.chdir(tmp_path)

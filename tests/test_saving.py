@@ -8,6 +8,7 @@ import transformers
 from conftest import ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM
 
+import hf_prune
 from hf_prune import Masks, Perplexity, PruningConfig, perplexity
 from hf_prune.cli import main
 
@@ -189,6 +190,24 @@ class TestPerplexity:
             with pytest.raises(ValueError, match=message):
                 perplexity(llama, tokenizer, text, **keywords)
 
+    @torch.no_grad()
+    def test_ids_in_all_they_come_in(self, llama, tokenizer):
+        ids = ids_for(2, 40)
+        expected = perplexity(llama, None, ids)
+        for given in (ids.numpy(), ids.tolist(), {"input_ids": ids.tolist()}, transformers.BatchEncoding({"input_ids": ids})):
+            assert perplexity(llama, tokenizer, given) == expected
+        padded = {"input_ids": [[*row, 0] for row in ids.tolist()], "attention_mask": [[1] * 40 + [0]] * 2}
+        assert perplexity(llama, None, padded, sequence_length=40) == expected
+        for given in ([[3, 4], [5]], {"ids": [3, 4]}, None):
+            with pytest.raises(TypeError, match="a text, a list of texts, or ids"):
+                perplexity(llama, tokenizer, given)
+
+    def test_positions_of_mpt(self, tokenizer):
+        text = " ".join(["5"] * 200)
+        assert perplexity(make("mpt"), tokenizer, text).sequence_length == 64
+        with pytest.raises(ValueError, match="64 positions"):
+            perplexity(make("mpt"), tokenizer, text, sequence_length=65)
+
     def test_as_evaluate_module(self, llama, tokenizer):
         evaluate = pytest.importorskip("evaluate")
         import hf_prune.metric
@@ -275,3 +294,62 @@ class _Logits(torch.nn.Module):
 
     def forward(self, ids):
         return self.model(ids, use_cache=False).logits
+
+
+def test_models_of_one_config(tmp_path):
+    """Each saves what it is itself."""
+    config = make("llama").config
+    one, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    one.prune(PruningConfig("magnitude"))
+    assert other.config is one.config and other.pruning_masks is None
+    other.save_pretrained(tmp_path / "other")
+    one.save_pretrained(tmp_path / "one")
+    assert hf_prune.load(tmp_path / "other").pruning_masks is None
+    assert hf_prune.load(tmp_path / "one").pruning_masks.digest() == one.pruning_masks.digest()
+    assert other.prune(PruningConfig("magnitude", sparsity=0.7)).sparsity == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_sharded_variant(tmp_path):
+    model = pruned()
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.fp16.json").exists()
+    assert same(hf_prune.load(tmp_path, variant="fp16"), snapshot(model))
+    with pytest.raises(ValueError, match="of variant 'fp16', not of None"):
+        hf_prune.load(tmp_path)
+
+
+def test_variants_beside_each_other(tmp_path):
+    model = pruned()
+    for variant in (None, "fp16", None):
+        model.save_pretrained(tmp_path, variant=variant)
+    for variant in (None, "fp16"):
+        assert same(hf_prune.load(tmp_path, variant=variant), snapshot(model))
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"changed")
+    hf_prune.load(tmp_path)
+    with pytest.raises(ValueError, match="model.fp16.safetensors is damaged"):
+        hf_prune.load(tmp_path, variant="fp16")
+    model.save_pretrained(tmp_path, compact=True)
+    model.save_pretrained(tmp_path, variant="fp16")  # its masks replace the compact weights too
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    hf_prune.load(tmp_path, variant="fp16")
+    model.prune(PruningConfig("magnitude", sparsity=0.7))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="fp16"):  # its masks are others
+        hf_prune.load(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_model_without_masks_in_place_of_a_pruned_one(tmp_path, compact):
+    model = pruned(pattern="2:4")
+    model.save_pretrained(tmp_path, compact=compact)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "model.safetensors" in names and not names & {"pruning", "model.safetensors.index.json"}
+    assert "Mine." in card.read_text() and "- pruned" not in card.read_text()
+    assert "hf_prune:begin" not in card.read_text() and "2:4" not in card.read_text()
+    again = hf_prune.load(tmp_path)
+    assert again.pruning_masks is None and same(again, snapshot(model))

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
+from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -80,6 +82,43 @@ def test_what_is_not_pruned_and_what_was(tmp_path):
     second = PruningConfig("sparsegpt", sparsity=0.7, include=["*.layers.0.*", "*.layers.1.mlp.*"], **SMALL)
     check_equal(tmp_path / "first", tmp_path / "second", second)  # zeros of before stay, as do masks of others
     assert "model.layers.1.self_attn.q_proj.weight" in hf_prune.load(tmp_path / "second").pruning_masks
+
+
+def test_the_base_model_and_the_card_of_a_pruned_source(tmp_path):
+    model = make("llama")
+    model.prune(PruningConfig("magnitude", sparsity=0.3))
+    model.pruning_report.base_model = "someone/base"
+    model.save_pretrained(tmp_path / "src")
+    card = tmp_path / "src" / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    report = prune_checkpoint(tmp_path / "src", tmp_path / "dst", PruningConfig("magnitude", sparsity=0.6))
+    text = (tmp_path / "dst" / "README.md").read_text()
+    assert report.base_model == "someone/base" and "Mine." in text and "pruned to 60%" in text and "pruned to 30%" not in text
+
+
+def test_a_config_without_dtype(tmp_path):
+    src = saved(tmp_path / "src", dtype=torch.bfloat16)
+    edit(src / "config.json", dtype=None)
+    assert check_equal(src, tmp_path / "dst", PruningConfig(**SMALL)).dtype == torch.bfloat16
+
+
+def test_a_variant_in_the_source_stays_there(tmp_path):
+    src = saved(tmp_path / "src")
+    make("llama").save_pretrained(src, variant="fp16", max_shard_size="60KB")
+    prune_checkpoint(src, tmp_path / "dst", PruningConfig("magnitude"))
+    assert not [name for name in contents(tmp_path / "dst") if "fp16" in name]
+
+
+def test_other_copies_of_the_weights_are_not_fetched(hub, tmp_path):
+    src = saved(tmp_path / "src")
+    (src / "original").mkdir()
+    for name in ("original/consolidated.00.pth", "original/params.json", "consolidated.safetensors", "pytorch_model.bin"):
+        (src / name).write_bytes(b"large")
+    repo = HfApi().create_repo("large").repo_id
+    HfApi().upload_folder(repo_id=repo, folder_path=src)
+    prune_checkpoint(repo, tmp_path / "dst", PruningConfig("magnitude"))
+    there = [path.name for path in Path(hf_hub_download(repo, "config.json")).parent.rglob("*")]
+    assert "config.json" in there and not set(there) & {"original", "consolidated.safetensors", "pytorch_model.bin"}
 
 
 def test_one_block_at_a_time(tmp_path, monkeypatch):
@@ -276,7 +315,7 @@ def test_source_changed_meanwhile(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="src was changed while it was pruned"):
         patch.setattr(checkpoint.Checkpoint, "write", and_change)
         prune_checkpoint(src, tmp_path / "dst", config, ids_for())
-    with pytest.raises(ValueError, match="another pruning. What differs: weights"):
+    with pytest.raises(ValueError, match="another pruning. What differs: weights.*or delete .*dst.unfinished to begin anew"):
         prune_checkpoint(src, tmp_path / "dst", config, ids_for())
     assert not (tmp_path / "dst").exists()
 
