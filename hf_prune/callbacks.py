@@ -43,6 +43,7 @@ class KeepMasksCallback(TrainerCallback):
         _pushes_take_masks_along()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._release()  # of a training that was interrupted
         whole, model = model, getattr(model, "get_base_model", lambda: model)()
         if any("_fsdp_wrapped_module" in name or hasattr(p, "ds_id") for name, p in model.named_parameters()):
             raise ValueError("masks hold under DDP and FSDP2 (fsdp_config={'version': 2}), not under FSDP1 or ZeRO-3.")
@@ -97,6 +98,7 @@ class PERPCallback(KeepMasksCallback):
         self._distillation = distillation
         self._attached: Attached | None = None
         self._listening: Any = None
+        self._opened: Any = None  # makes embeddings ask for gradients
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_init_end(args, state, control)
@@ -116,7 +118,8 @@ class PERPCallback(KeepMasksCallback):
         masks = state_of(model, "PERPCallback").masks
         self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
         if args.gradient_checkpointing:
-            model.enable_input_require_grads()
+            # Of frozen embeddings the checkpointed blocks would have no gradient. Transformers' own hook may be lost, not removed.
+            self._opened = model.get_input_embeddings().register_forward_hook(lambda module, x, y: y.requires_grad_(True))
         if state.is_world_process_zero:
             found = self._attached.trainable
             print(f"PERP trains {sum(p.numel() for p in found.values()):,} numbers, {self._attached.share:.3%} of the model's.")
@@ -169,13 +172,19 @@ class PERPCallback(KeepMasksCallback):
         """Gives the model back without the adapters."""
         self._end(Attached.detach)
 
-    def _end(self, how: Callable[[Attached], None]) -> None:
-        self._release()
+    def _release(self) -> None:
+        super()._release()
         if self._listening:
             self._listening.remove()
-        attached, self._attached = self._attached, None
-        if attached:
-            how(attached)
+        self._listening = None
+
+    def _end(self, how: Callable[[Attached], None]) -> None:
+        self._release()
+        if self._opened is not None:
+            self._opened.remove()
+        if self._attached:
+            how(self._attached)
+        self._attached = self._opened = None
 
 
 _WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters

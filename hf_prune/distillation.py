@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils import align_module_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .atomic import readable, write_whole
+from .blocks import input_device
 from .patterns import check_count
 
 
@@ -31,6 +32,7 @@ class Distillation:
 
     Args:
         teacher: the dense model, with the student's vocabulary; it may live on another device or be offloaded by accelerate.
+            It is put into evaluation mode.
             None: everything comes from the cache.
         weight: in (0, 1].
         temperature: T > 0.
@@ -81,8 +83,7 @@ class Distillation:
 
     @torch.no_grad()
     def _logits(self, inputs: dict[str, Tensor], shape: torch.Size) -> Tensor:
-        offloaded = (m._hf_hook.execution_device for m in self.teacher.modules() if has_offloaded_params(m))
-        device = next(offloaded, next(self.teacher.parameters()).device)
+        device = input_device(self.teacher)
         teacher = self.teacher(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
         if teacher.shape != shape:
             raise ValueError(f"the teacher's logits {tuple(teacher.shape)} do not match the student's {tuple(shape)}.")

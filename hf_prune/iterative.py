@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ def prune_iteratively(
     """Prunes `model` in place to the pattern of `config` in `rounds` steps, and calls `train` after each.
 
     Weights that are pruned stay so. A model that is pruned already goes on at the first round that asks for more: after an
-    interruption the same call does the rest.
+    interruption the same call does the rest, and calls `train` again if that had not ended.
 
     Args:
         config: of the last round; `method="magnitude"` is what the papers do.
@@ -62,16 +63,21 @@ def prune_iteratively(
     stages = [config_of_round(config, share) for share in shares]
     stages = [stage for stage, after in zip(stages, [*stages[1:], None]) if stage != after]
     for i, stage in enumerate(stages, 1):
-        if _is_reached(model, stage):
+        if not _is_reached(model, stage, last=stage is stages[-1]):
+            reports.append(model.prune(stage, calibration, tokenizer))
+        elif (report := settle(model).report) and not report.retrained and _plain(report.config) == _plain(stage.to_dict()):
+            logger.warning(f"round {i} of {len(stages)}, {stage.pattern}: its retraining did not end, and begins anew.")
+            reports.append(report)
+        else:
             logger.warning(f"round {i} of {len(stages)}, {stage.pattern}: the model is as sparse as that already.")
             continue
-        reports.append(model.prune(stage, calibration, tokenizer))
         train(model, reports[-1])
         if wrong := settle(model).masks.violations(model):
             raise ValueError(
                 f"after round {i} of {len(stages)} pruned weights of {next(iter(wrong))} and {len(wrong) - 1} more are not zero: "
                 "give the Trainer in `train` a PERPCallback or a KeepMasksCallback."
             )
+        reports[-1].retrained = True
     return reports
 
 
@@ -82,7 +88,8 @@ def config_of_round(config: PruningConfig, share: float) -> PruningConfig:
     return replace(config, method_options={}, pattern=pattern, sparsity=pattern.sparsity, overrides=overrides)
 
 
-def _is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
+def _is_reached(model: PreTrainedModel, config: PruningConfig, last: bool) -> bool:
+    """Whether all weights are as sparse as `config` asks; for the `last` round they must have its pattern, too."""
     known, decoder = settle(model), Decoder(model)
     patterns = config.patterns_for([linear.name for linear in decoder.linears])
     compared: dict[str, list[Linear]] = {}  # weights that compete with one another
@@ -100,7 +107,18 @@ def _is_reached(model: PreTrainedModel, config: PruningConfig) -> bool:
         wanted = pattern.sparsity if isinstance(pattern, NM) else pattern.count(at_once) / at_once
         if 1 - kept / total < wanted - 1e-6:
             return False
+        if (
+            last
+            and isinstance(pattern, NM)
+            and any(pattern.violations(linear.matrix(known.masks[linear.parameter_name])) for linear in linears)
+        ):
+            return False
     return True
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """As it is read from a file."""
+    return json.loads(json.dumps(config))
 
 
 def _partly(pattern: Pattern, share: float) -> Pattern:

@@ -182,6 +182,7 @@ class Attached:
         self._biases: list[nn.Module] = []
         self._embedding: nn.Module | None = None
         self._flags: dict[str, Any] = {}
+        self._factors: dict[str, tuple[Tensor, Tensor, Adapter]] = {}  # of "lora", that PEFT has not taken over yet
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -200,15 +201,16 @@ class Attached:
             RuntimeError: a pruned weight is not zero.
         """
         dense = {name: m for name, m in self.adapted.items() if m.perp.kind == "lora"}
-        factors = {name: (m.perp_A.detach(), m.perp_B.detach(), m.perp) for name, m in dense.items()}
+        self._factors.update({name: (m.perp_A.detach(), m.perp_B.detach(), m.perp) for name, m in dense.items()})
         for name, module in self.adapted.items():
             if name not in dense:
                 module.weight.copy_(module.effective_weight())
         self._end()
         if wrong := self.masks.violations(self.model):
             raise RuntimeError(f"{len(wrong)} pruned parameters are not zero after merging, such as {next(iter(wrong))}.")
-        if factors:
-            _to_peft(self.model, factors)
+        if self._factors:
+            _to_peft(self.model, self._factors)
+            self._factors = {}
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -223,7 +225,7 @@ class Attached:
     def _end(self) -> None:
         _release_from_fsdp(self.model)
         for module in [*self.adapted.values(), *filter(None, [self._embedding])]:
-            _swap(module, _plain(type(module)))
+            _swap(module, _plain(type(module), module.__dict__.pop("perp_was")))
             for name in _OWN:
                 if hasattr(module, name):
                     delattr(module, name)
@@ -348,7 +350,7 @@ def _adapt(result: Attached, owners: dict[str, nn.Parameter], adapter: Adapter, 
     for name in owners:
         path, _, attribute = name.rpartition(".")
         module = result.model.get_submodule(path)
-        if attribute != "weight" or type(module) not in _CLASSES:
+        if attribute != "weight" or _class_of(module) is None:
             result.left_out.append(name)
             continue
         bits = torch.from_numpy(result.masks.packed(name))
@@ -370,6 +372,7 @@ def _adapt_head(result: Attached, rank: int, alpha: float, generator) -> list[nn
     result.adapted[next(name for name, module in model.named_modules() if module is head)] = head
     if tied:
         embedding.__dict__["perp_head"] = (head,)  # within a tuple it is no submodule
+        embedding.__dict__["perp_was"] = type(embedding)
         result._embedding = _swap(embedding, AdaptedEmbedding)
         _hook_state_dict(embedding)
     return added
@@ -387,8 +390,22 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
     module.register_buffer("perp_bits", bits.to(device), persistent=False)
     module.__dict__["perp"] = Adapter(adapter.kind, adapter.scale, transposed)
     _hook_state_dict(module)
-    _swap(module, _CLASSES[type(module)])
+    adapted = _CLASSES[_class_of(module)]
+    module.__dict__["perp_was"] = type(module)
+    _swap(module, adapted)
     return [module.perp_A, module.perp_B]
+
+
+@torch.no_grad()
+def _class_of(module: nn.Module) -> type | None:
+    """The class of `_CLASSES` whose product `module` makes, also if it is of one derived from `nn.Linear`, as Falcon's are; or None."""
+    if type(module) in _CLASSES:
+        return type(module)
+    if not isinstance(module, nn.Linear) or module.weight.is_meta:
+        return None
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    expected = F.linear(x, module.weight, module.bias).float()
+    return nn.Linear if (module(x).float() - expected).abs().max() <= 1e-2 * expected.abs().max() else None
 
 
 def _release_from_fsdp(model: nn.Module) -> None:
@@ -399,13 +416,13 @@ def _release_from_fsdp(model: nn.Module) -> None:
                 group.fsdp_params = [p for p in group.fsdp_params if p._module_info.param_name not in _OWN]
 
 
-def _plain(cls: type) -> type:
-    """What a class of `_CLASSES` was made from; FSDP2 derives one of its own from that of each module that it shards alone."""
-    plain, adapted = next((plain, adapted) for plain, adapted in _CLASSES.items() if issubclass(cls, adapted))
+def _plain(cls: type, was: type) -> type:
+    """The class that a module `was` of; FSDP2 derives one of its own from that of each module that it shards alone."""
+    adapted = next(adapted for adapted in _CLASSES.values() if issubclass(cls, adapted))
     if cls is adapted:
-        return plain
-    bases = tuple(plain if base is adapted else base for base in cls.__bases__)
-    return type(cls.__name__.replace(adapted.__name__, plain.__name__), bases, dict(vars(cls)))
+        return was
+    bases = tuple(was if base is adapted else base for base in cls.__bases__)
+    return type(cls.__name__.replace(adapted.__name__, was.__name__), bases, dict(vars(cls)))
 
 
 def _swap(module: nn.Module, cls: type) -> nn.Module:

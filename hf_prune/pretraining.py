@@ -95,6 +95,10 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fsdp or getattr(args, "deepspeed", None):
             raise ValueError("EfficientLLMCallback cuts whole parameters: use DDP, not FSDP or DeepSpeed.")
+        if args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end may load a model that is larger than the last one: set it to False.")
+        if args.fp16 and not args.max_grad_norm:
+            raise ValueError("fp16 scales gradients, and only clipping unscales them: set max_grad_norm above 0, or use bf16.")
         self._find(model)
         self._handle = model.register_load_state_dict_pre_hook(self._take_shape)
 
@@ -105,8 +109,9 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             self._find(model, begun=bool(state.global_step))
         self._saliency = Saliency(self._groups, self._order, self._decay)
         known = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
-        self._total = known.get("total") or block_parameters(self._groups)
-        self._began = known.get("began") or {kind: axes[0].count for kind, axes in self._groups.axes.items()}
+        # After an interruption the same training begins with a model that is smaller than it was.
+        self._total = known.get("total") or self._total or block_parameters(self._groups)
+        self._began = known.get("began") or self._began or {kind: axes[0].count for kind, axes in self._groups.axes.items()}
         self.removed = known.get("removed", [])
         if known.get("saliency"):
             self._saliency.restore(known["saliency"])
@@ -129,14 +134,15 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         step, (first, last) = state.global_step, self._span(state.max_steps)
         if not first < step <= last or (step % self._every and step != last):
             return
+        if not self._saliency.values:
+            logger.warning(f"step {step}: no gradient was finite so far, so that nothing is removed.")
+            return
         done = (step - first) / (last - first)
         drop = self._drop(done)
         if step == last:
             drop = made_legal(self._groups, drop, self._saliency, self._plan)
         if drop:
-            if self._compensation:
-                self._compensation.apply(drop)
-            remove(self._groups, drop, optimizer)
+            remove(self._groups, drop, optimizer, self._compensation and self._compensation.apply)
             self._saliency.forget(drop)
             for kind in {axis.kind: None for axis in drop}:
                 self.removed.append((step, kind, len(next(d for axis, d in drop.items() if axis.kind == kind))))
@@ -167,15 +173,12 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         if reason := illegal(model.config):
             logger.error(f"the model has a shape that cannot be loaded: {reason} Training ended before its last removal.")
         logger.info(f"the blocks have {left:,} of {self._total:,} parameters left.")
+        self._total, self._began = 0, {}
 
     def _find(self, model: Any, begun: bool = False) -> None:
         check_model(model)
         if model.__dict__.get(STATE) is not None:
             raise ValueError("the model has masks, which would not fit what is left of it: shrink it first, then prune it.")
-        if any(hasattr(m, "lora_A") or hasattr(m, "perp_A") for m in model.modules()):
-            raise ValueError(
-                "the model has adapters, whose shapes hang on its own: merge them first, or put them on afterwards."
-            )
         self._groups = groups_of(model)
         check(self._groups)
         if not begun:

@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .blocks import Block, Call, Decoder, Part, Store, eager_experts, halves_of
 from .masks import Masks
 from .patterns import check_count, one_of
 from .perp import attach, check_kinds, masked_gradients
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,14 @@ class Reconstruction:
     seed: int = 0
 
     def __post_init__(self):
-        if wrong := [kind for kind in check_kinds(self.train, self.rank) if kind in ("lora", "head")]:
+        if wrong := [kind for kind in check_kinds(self.train, self.rank) if kind in ("lora", "head", "added_bias")]:
             raise ValueError(f"train={wrong[0]!r} is of a whole model: a block takes 'full', 'mask_lora' or another kind.")
         one_of("targets", self.targets, ("dense", "sparse"))
         one_of("unit", self.unit, ("half", "block"))
         check_count("epochs", self.epochs)
         check_count("batch_tokens", self.batch_tokens)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, or None for the default, got {self.learning_rate!r}.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be a share in (0, 1), got {self.held_out!r}.")
 
@@ -81,7 +87,7 @@ class Reconstruction:
             raise ValueError(
                 f"reconstruction needs at least two batches, got {n_batches}: give more data, or lower batch_tokens."
             )
-        held = max(1, round(n_batches * self.held_out))
+        held = min(max(1, round(n_batches * self.held_out)), n_batches - 1)
         return list(range(n_batches - held)), list(range(n_batches - held, n_batches))
 
 
@@ -140,6 +146,8 @@ def _train(
     trained, held = how.split(len(inputs))
     local = _masks_within(part, masks)
     attached = attach(part.module, local, how.train, rank=how.rank, alpha=how.alpha, seed=how.seed, upcast=True)
+    for name in attached.left_out:
+        logger.warning(f"{part.block.name}.{name} takes no adapter and stays as it is.")
     half = how.bf16 or next(part.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
     device, hooks = part.block.device, []
     try:

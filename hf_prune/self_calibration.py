@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from .blocks import as_it_was, replaced
-from .calibration import batches_of, calibration_sequences
+from .blocks import as_it_was, input_device, replaced
+from .calibration import batches_of, calibration_sequences, positions_of
 from .checkpoint import check_finite
 from .patterns import check_count
 
@@ -39,7 +39,7 @@ def self_calibration_sequences(
 
     Args:
         prompts: text or ids, as for `calibration_sequences`, of which windows of `prompt_length` tokens at random places are
-            continued; None begins with the model's BOS token.
+            continued, in turns if they are fewer than `n_samples`; None begins with the model's BOS token.
         batch_size: sequences written together.
 
     Raises:
@@ -48,7 +48,7 @@ def self_calibration_sequences(
     """
     for name, value in {"n_samples": n_samples, "prompt_length": prompt_length, "batch_size": batch_size}.items():
         check_count(name, value)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if not 2 <= sequence_length <= (positions or sequence_length):
         raise ValueError(f"sequence_length must be from 2 to the model's {positions} positions, got {sequence_length}.")
     if not temperature > 0:
@@ -57,9 +57,9 @@ def self_calibration_sequences(
         raise ValueError(
             f"{type(model).__name__} cannot generate text: give calibration text, or AutoModelForCausalLM's model."
         )
-    check_finite(model.named_parameters())
+    check_finite((name, p) for name, p in model.named_parameters() if not p.is_meta)
     starts = _starts(model, prompts, tokenizer, n_samples, sequence_length, prompt_length, seed)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     written: list[Tensor] = []
     bar = tqdm(total=len(starts), desc="self-calibration", unit="sequence")
     gpus = [device] if device.type == "cuda" else []
@@ -85,4 +85,5 @@ def _starts(model, prompts, tokenizer, n_samples: int, length: int, prompt_lengt
     if prompt_length >= length:
         raise ValueError(f"prompts of prompt_length={prompt_length} tokens leave nothing to write of sequence_length={length}.")
     options = {"n_samples": n_samples, "sequence_length": prompt_length, "seed": seed, "sampling": "paper"}
-    return calibration_sequences(prompts, tokenizer, **options, vocab_size=model.get_input_embeddings().weight.shape[0])
+    starts = calibration_sequences(prompts, tokenizer, **options, vocab_size=model.get_input_embeddings().weight.shape[0])
+    return [starts[i % len(starts)] for i in range(n_samples)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from .pruning import check_model, count_peak, facts_of, sequences_for
 from .report import PruningReport
 from .structural import Groups, built_with, check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
+from .structural.groups import Axis
 from .structural.shrink import illegal
+from .undo import Undo
 
 
 _BATCH_TOKENS = 1024
@@ -49,6 +52,11 @@ def shrink_model(
         groups = groups_of(model)
         check(groups)
         counts = {kind: groups.of(kind)[0].count for kind, _ in pattern.shares}
+        for kind, share in pattern.shares:
+            if not round(share * counts[kind]):
+                raise ValueError(
+                    f"pattern '{pattern}': {share:g} of {counts[kind]} {kind} a block rounds to none: ask for more."
+                )
         counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
         plan = Plan(pattern.parameters, counts or None, method.kinds, method.together, method.per_parameter)
         plan.check(groups)
@@ -60,7 +68,8 @@ def shrink_model(
         listening = Compensation(groups, plan.kinds_of(groups), decay=None) if method.compensate else None
         try:
             _accumulate(model, sequences, tokens_per_batch)
-            saliency.update()
+            if not saliency.update():
+                raise ValueError("gradients of the calibration text are not finite: load the model in bfloat16 or float32.")
         finally:
             if listening:
                 listening.close()
@@ -70,10 +79,8 @@ def shrink_model(
         else:
             total = block_parameters(groups)
             drop = made_legal(groups, chosen(groups, saliency, plan, total - plan.target(total)), saliency, plan)
-        if listening:
-            listening.apply(drop)
         if drop:
-            remove(groups, drop)
+            remove(groups, drop, compensate=listening and partial(_compensate, listening))
     after = _shape(groups, sequences[0])
     return PruningReport(
         config=config.to_dict(),
@@ -84,6 +91,15 @@ def shrink_model(
     )
 
 
+def _compensate(listening: Compensation, drop: dict[Axis, torch.Tensor]) -> None:
+    """As `listening.apply`; if it fails, the readers are as before."""
+    readers = listening.readers(drop)
+    with Undo(readers) as undo:
+        for parameter in readers:
+            undo.save(parameter)
+        listening.apply(drop)
+
+
 def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor], tokens_per_batch: int | None) -> None:
     """The gradient of the mean loss of `sequences`, in every parameter."""
     model.requires_grad_(True)
@@ -91,6 +107,8 @@ def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor], tokens_pe
     with torch.enable_grad():
         for ids in tqdm(batches_of(sequences, tokens_per_batch or _BATCH_TOKENS), desc="saliency", unit="batch"):
             ids = ids.to(device)
+            if ids.shape[1] < 2:
+                raise ValueError("a calibration sequence has one token, which predicts nothing: leave it out.")
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss of the calibration text is {float(loss)}: load the model in bfloat16 or float32.")

@@ -129,6 +129,8 @@ def _rows(model: PreTrainedModel, data: Sequence[Any], name: str) -> list[dict[s
             )
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise ValueError(f"{name}[{i}] has ids {int(ids.min())} to {int(ids.max())}, the vocabulary to {vocabulary - 1}.")
+        if row.get("attention_mask") is not None and not torch.as_tensor(row["attention_mask"]).all():
+            raise ValueError(f"{name}[{i}] is padded: give sequences without padding, which may differ in length.")
         rows.append({"input_ids": ids.long(), "labels": labels.long(), "attention_mask": torch.ones_like(ids)})
     if not any((row["labels"][1:] != -100).any() for row in rows):
         raise ValueError(f"{name} has {len(rows)} sequences and no token to predict: give at least one that has labels.")

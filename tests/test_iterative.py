@@ -55,9 +55,35 @@ def test_with_a_trainer_and_after_an_interruption(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
     reports = hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
-    assert calls == [{"*.mlp.*": p} for p in ("7:8", "6:8", "5:8", "4:8")]
-    assert len(reports) == 2 and all(linear.pattern_holds for linear in reports[-1].linears)
-    assert hf_prune.prune_iteratively(model, config, train, calibration=ids_for()) == [] and len(calls) == 4
+    assert calls == [{"*.mlp.*": p} for p in ("7:8", "6:8", "6:8", "5:8", "4:8")]
+    assert len(reports) == 3 and all(linear.pattern_holds for linear in reports[-1].linears)
+    assert hf_prune.prune_iteratively(model, config, train, calibration=ids_for()) == [] and len(calls) == 5
+
+
+def test_the_last_training_is_made_again_if_it_did_not_end(tmp_path):
+    model, calls = make("llama"), []
+
+    def train(model, report):
+        calls.append(report.sparsity)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_prune.prune_iteratively(model, MAGNITUDE, train, rounds=2)
+    model.save_pretrained(tmp_path)
+    again = hf_prune.load(tmp_path)
+    assert len(hf_prune.prune_iteratively(again, MAGNITUDE, train, rounds=2)) == 1 and calls[2] == calls[1]
+    again.save_pretrained(tmp_path)
+    assert hf_prune.prune_iteratively(hf_prune.load(tmp_path), MAGNITUDE, train, rounds=2) == []
+
+
+@pytest.mark.parametrize("before", [dict(sparsity=0.5), dict(pattern="4:8")])
+def test_as_sparse_in_another_pattern_is_not_reached(before):
+    model = make("llama")
+    model.prune(PruningConfig("magnitude", **before))
+    assert hf_prune.prune_iteratively(model, PruningConfig("magnitude", pattern="2:4"), lambda *_: None)
+    assert {str(p) for p in model.pruning_masks.patterns.values()} == {"2:4"}
+    assert all(not NM(2, 4).violations(mask) for mask in model.pruning_masks.values())
 
 
 @pytest.mark.parametrize("group", ["model", "block", "matrix"])

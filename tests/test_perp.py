@@ -275,7 +275,7 @@ def test_errors(tmp_path):
         trainer.train()
     callback = PERPCallback()
     Trainer(model := pruned(), arguments(tmp_path), train_dataset=DATA, callbacks=[callback])
-    with pytest.raises(ValueError, match=r"adapters of an unfinished training"):
+    with pytest.raises(ValueError, match="an adapter of PERPCallback"):
         Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
     callback.detach()
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
@@ -602,6 +602,76 @@ def test_an_interrupted_training_leaves_no_hooks(tmp_path):
     assert holds(model, model.pruning_masks)
 
 
+@pytest.mark.parametrize("callback", [KeepMasksCallback, lambda: PERPCallback(distillation=Distillation(make("llama")))])
+def test_training_again_after_an_interruption(callback, tmp_path):
+    model, callback, calls = pruned(), callback(), []
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            calls.append(sum(len(m._forward_hooks) for m in model.modules()))
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=DATA, callbacks=[callback, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert len(set(calls)) == 1 and not model._forward_hooks
+    model.requires_grad_(True)
+    ids = ids_for()
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    gone = ~model.pruning_masks["model.layers.0.mlp.up_proj.weight"]
+    assert model.model.layers[0].mlp.up_proj.weight.grad[gone].any(), "nothing holds the gradients any more"
+
+
+def test_what_it_opened_is_closed(tmp_path):
+    model = pruned()
+    train(model, tmp_path, PERPCallback(), gradient_checkpointing=True)
+    hooks = model.get_input_embeddings()._forward_hooks.values()
+    assert not [hook for hook in hooks if "hf_prune" in hook.__module__], "what is left is Transformers' own"
+
+
+def test_adapters_are_not_pruned_under():
+    model = pruned()
+    attached = attach(model, model.pruning_masks)
+    with pytest.raises(ValueError, match="merge.. or detach"):
+        model.prune(PruningConfig("magnitude", sparsity=0.7))
+    attached.merge()
+    model.prune(PruningConfig("magnitude", sparsity=0.7))
+
+
+def test_lora_is_not_lost_when_peft_fails(tmp_path, monkeypatch):
+    model, callback = pruned(), PERPCallback("lora")
+    monkeypatch.setattr(model, "add_adapter", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(model, tmp_path, callback)
+    monkeypatch.undo()
+    callback.merge()
+    assert any(module.lora_B["default"].weight.any() for module in model.modules() if hasattr(module, "lora_B"))
+
+
+def test_linears_of_a_derived_class(tmp_path):
+    """All of Falcon's are; others do not multiply by their weight, and take no adapter."""
+    model = pruned("falcon")
+    name, linear = next(
+        (n, m) for n, m in model.named_modules() if type(m).__name__ == "FalconLinear" and f"{n}.weight" in model.pruning_masks
+    )
+    before = linear.weight.clone()
+    train(model, tmp_path, PERPCallback())
+    assert holds(model, model.pruning_masks) and type(model.get_submodule(name)) is type(linear)
+    assert not torch.equal(linear.weight, before)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    other = pruned()
+    other.model.layers[0].mlp.up_proj.__class__ = Doubled
+    attached = attach(other, other.pruning_masks)
+    assert attached.left_out == ["model.layers.0.mlp.up_proj.weight"]
+    attached.detach()
+
+
 def test_distillation_that_is_not_heard(tmp_path):
     callback = PERPCallback(distillation=Distillation(make("llama", seed=1)))
     with pytest.raises(ValueError, match="label_smoothing"):
@@ -612,6 +682,19 @@ def test_distillation_that_is_not_heard(tmp_path):
 def test_reconstruction_takes_what_a_block_has(kind):
     with pytest.raises(ValueError, match=kind):
         Reconstruction(train=kind)
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(learning_rate=0.0), "learning_rate must be above 0"),
+    (dict(train="added_bias"), "is of a whole model"),
+])  # fmt: skip
+def test_reconstruction_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        Reconstruction(**values)
+
+
+def test_a_batch_is_left_to_train_on():
+    assert Reconstruction(held_out=0.9).split(3) == ([0], [1, 2])
 
 
 def test_reconstruction_rates():

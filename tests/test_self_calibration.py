@@ -1,5 +1,6 @@
 """Calibration text that the model writes itself."""
 
+import accelerate
 import pytest
 import torch
 from conftest import ids_for, make, snapshot
@@ -38,6 +39,18 @@ def test_prompts_are_windows_of_what_was_given():
     lengths = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([5, 6, 7])]
     mixed = written(model, lengths, n_samples=3, prompt_length=3)
     assert mixed.shape == (3, 12) and [row[0] for row in mixed.tolist()] == [1, 5, 4]
+
+
+def test_fewer_prompts_are_taken_in_turns():
+    rows = written(make("llama"), ids_for(3, 4), n_samples=8)
+    assert rows.shape == (8, 12) and torch.equal(rows[:3, :4], rows[3:6, :4]) and not torch.equal(rows[:3], rows[3:6])
+
+
+def test_offloaded_model():
+    model = make("llama")
+    want = written(model, ids_for(5, 4))
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(written(model, ids_for(5, 4)), want)
 
 
 def test_without_prompts_it_begins_with_bos(tokenizer):

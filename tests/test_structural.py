@@ -261,6 +261,89 @@ def test_one_shot_compensation_hears_all_batches_alike(monkeypatch):
     assert heard[0] and all(torch.allclose(gram, heard[1][key], rtol=1e-4, atol=1e-6) for key, gram in heard[0].items())
 
 
+def test_every_block_is_compensated_by_what_it_read_itself():
+    """OPT's linears are children of the block itself."""
+    groups = groups_of(make("opt"))
+    listening = Compensation(groups, ("ffn",))
+    try:
+        assert all([key for _, _, key in found] == [linear.name for linear, *_ in found] for found in listening._of.values())
+        assert len({key for found in listening._of.values() for *_, key in found}) == len(groups.of("ffn"))
+    finally:
+        listening.close()
+
+
+def test_a_gradient_that_is_not_finite_is_not_remembered(llama):
+    groups, ids = groups_of(llama), ids_for()
+    saliency = Saliency(groups)
+    for step in range(3):
+        llama(input_ids=ids, labels=ids).loss.backward()
+        if step == 0:
+            llama.model.layers[0].mlp.up_proj.weight.grad[0, 0] = torch.inf
+        assert saliency.update() == bool(step)
+        llama.zero_grad()
+    assert all(saliency.of(axis).isfinite().all() for axes in groups.axes.values() for axis in axes)
+
+
+def test_an_interrupted_training_keeps_its_target(tmp_path):
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    model, callback = make("llama"), EfficientLLMCallback(0.7)
+    target = 0.7 * block_parameters(groups_of(model))
+    arguments = TrainingArguments(tmp_path, max_steps=12, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=DATA, callbacks=[callback, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert block_parameters(groups_of(model)) < target / 0.7
+    trainer.pop_callback(Stop)
+    trainer.train()
+    assert 0.9 * target < block_parameters(groups_of(model)) <= target
+
+
+def test_an_optimizer_that_cannot_be_cut_is_refused_before_anything_changes(tmp_path):
+    model, before = make("llama"), None
+
+    class Remember(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            nonlocal before
+            before = snapshot(model)
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=12, optim="adafactor", report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    trainer = Trainer(model, arguments, train_dataset=DATA, callbacks=[Remember(), EfficientLLMCallback(0.7)])
+    with pytest.raises(ValueError, match="Adafactor keeps exp_avg_sq_row"):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_interrupted_compensation_is_undone(monkeypatch):
+    model = make("llama")
+    before, calls = snapshot(model), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        refit(*args)
+
+    monkeypatch.setattr("hf_prune.structural.efficientllm.refit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.prune(hf_prune.PruningConfig("taylor", pattern="ffn:0.25", n_samples=6, sequence_length=24), ids_for())
+    assert all(torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps"), "load_best_model_at_end"),
+])  # fmt: skip
+def test_ways_that_cannot_work(changes, message, tmp_path):
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, **changes)
+    with pytest.raises(ValueError, match=message):
+        Trainer(make("llama"), arguments, train_dataset=DATA, eval_dataset=DATA, callbacks=[EfficientLLMCallback(0.7)])
+
+
 @pytest.mark.parametrize("make_callback, message", [
     (lambda: EfficientLLMCallback(), "either parameters"),
     (lambda: EfficientLLMCallback(0.5, {"ffn": 8}), "either parameters"),
@@ -379,6 +462,8 @@ def test_one_shot_words(values, message):
 
 
 def test_one_shot_refuses(llama):
+    with pytest.raises(ValueError, match="0.2 of 2 heads a block rounds to none"):
+        llama.prune(hf_prune.PruningConfig("taylor", pattern="heads:0.2,ffn:0.25", n_samples=6, sequence_length=24), ids_for())
     before = snapshot(llama)
     with pytest.raises(ValueError, match="taylor"):
         hf_prune.PruningConfig("wanda", pattern="heads:0.5")

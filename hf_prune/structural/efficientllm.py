@@ -41,8 +41,8 @@ class Saliency:
         self.weight = 0.0  # of all updates so far, in [0, 1)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Adds what the gradients that the parameters hold now say.
+    def update(self) -> bool:
+        """Adds what the gradients that the parameters hold now say; nothing if they are not finite, and then returns False.
 
         Raises:
             ValueError: no member of any group has a gradient.
@@ -65,10 +65,13 @@ class Saliency:
                 sums[axis] = sums[axis] + found if axis in sums else found
         if not sums:
             raise ValueError("no parameter of any group has a gradient: saliency is read after backward(), before zero_grad().")
+        if not all(bool(found.isfinite().all()) for found in sums.values()):
+            return False
         for axis, found in sums.items():
             before = self.values.get(axis, torch.zeros_like(found))
             self.values[axis] = torch.lerp(found, before, self.decay)
         self.weight = self.weight * self.decay + 1 - self.decay
+        return True
 
     def of(self, axis: Axis) -> Tensor:
         """The mean saliency of each group, (groups,) float32."""
@@ -248,11 +251,12 @@ class Compensation:
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
         self._handles, self._heard = [], {}
+        block_of = {linear.name: block.name for block in groups.decoder.blocks for linear in block.linears}
         first: dict[tuple, str] = {}  # linears that share an input share its Gram matrix
         for kind in kinds:
             for axis in groups.of(kind):
                 for linear, member in axis.inputs:
-                    key = first.setdefault((linear.name.rsplit(".", 2)[0], linear.group), linear.name)
+                    key = first.setdefault((block_of.get(linear.name), linear.group), linear.name)
                     self._of.setdefault(axis, []).append((linear, member, key))
                     if key == linear.name:
                         self._handles.append(linear.module.register_forward_pre_hook(self._listen(key)))
@@ -291,6 +295,10 @@ class Compensation:
                 refit(weight, gram, keep, self.damping)
         for key, keep in cut.items():
             self.grams[key] = self.grams[key][keep][:, keep].clone()
+
+    def readers(self, drop: dict[Axis, Tensor]) -> list[nn.Parameter]:
+        """What `apply` would change."""
+        return list({linear.parameter: None for axis in drop for linear, *_ in self._of.get(axis, ())})
 
     def close(self) -> None:
         """Listens no more."""

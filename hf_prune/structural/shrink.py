@@ -8,6 +8,7 @@ zero may leave without a trace (an RMSNorm; the mean of a LayerNorm cannot be ke
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,11 +106,16 @@ def check(groups: Groups) -> None:
 
 
 @torch.no_grad()
-def remove(groups: Groups, drop: dict[Axis, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+def remove(
+    groups: Groups,
+    drop: dict[Axis, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+    compensate: Callable[[dict[Axis, Tensor]], None] | None = None,
+) -> None:
     """Takes the groups at the positions `drop[axis]` (int64) out of the model of `groups`, in place.
 
     Parameters stay the same objects, so that an optimizer goes on with them; of its state what is shaped like the parameter is
-    cut alike. As many groups must go from every block.
+    cut alike. As many groups must go from every block. `compensate` is called with `drop` once nothing more can be refused.
 
     Raises:
         ValueError: unequal numbers, nothing would be left, the config cannot say it, or a state that cannot be cut; nothing has
@@ -130,6 +136,8 @@ def remove(groups: Groups, drop: dict[Axis, Tensor], optimizer: torch.optim.Opti
     before, changed = {kind: groups.of(kind)[0].count for kind in counts}, _values(groups, counts)
     cuts = {axis: [(member, *_cut(member, positions)) for member in axis.members] for axis, positions in drop.items()}
     _check_state(optimizer, {member.parameter for found in cuts.values() for member, *_ in found})
+    if compensate:
+        compensate(drop)
     states = _first_states(groups) if "hidden" in counts else None
     kinds = {id(norm): _root_mean_square(norm) for axis in drop for norm in axis.norms}
     for found in cuts.values():
@@ -204,8 +212,9 @@ def _check_state(optimizer: torch.optim.Optimizer | None, parameters: set[nn.Par
     for parameter in parameters if optimizer else ():
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}, which "
+                    f"{type(inner).__name__} keeps {name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}, which "
                     "cannot be cut with it: use an optimizer whose state has the shape of the parameter, such as AdamW or SGD."
                 )
 
