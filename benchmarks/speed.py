@@ -48,6 +48,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=ROWS, help="method,pattern,propagate[,option=value...]")
     parser.add_argument("--ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
+    parser.add_argument(
+        "--written", action="store_true", help="calibrate on text that the dense model writes, from its BOS token on"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
@@ -65,6 +68,10 @@ def main():
         )
         evaluation = "\n\n".join(topics[::5])
         evaluation = tokenizer(evaluation, return_tensors="pt", verbose=False)["input_ids"][0, : 6 * 1024].view(6, 1024)
+    if args.written:
+        n, length = calibration.shape
+        own = hf_prune.self_calibration_sequences(fresh(), None, tokenizer, n_samples=n, sequence_length=length)
+        calibration = torch.stack(own)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     decoder = hf_prune.Decoder(model)
     batches = list(calibration.split(max(1, 2048 // calibration.shape[1])))
