@@ -206,6 +206,7 @@ def _pushes_take_masks_along() -> None:
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and not busy
         if pushes and (checkpoint / FOLDER).is_dir():
+            self._finish_current_push()  # with hub_always_push one may still read what is replaced now
             shutil.rmtree(output / FOLDER, ignore_errors=True)
             shutil.copytree(checkpoint / FOLDER, output / FOLDER)
             _write_card(self.model, checkpoint, old=card_of(str(output)), base=None)
