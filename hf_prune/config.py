@@ -62,9 +62,7 @@ class PruningConfig:
 
     def __post_init__(self):
         if isinstance(self.method, Method):
-            if self.method_options and self.method_options != dataclasses.asdict(
-                self.method
-            ):  # as dataclasses.replace has them
+            if self.method_options not in ({}, dataclasses.asdict(self.method)):  # the latter is what dataclasses.replace gives
                 raise ValueError("method_options go with a method's name; set the fields of the instance instead.")
         elif isinstance(self.method, str):
             self.method = make(self.method, self.method_options)
