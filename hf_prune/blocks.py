@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import has_offloaded_params
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -391,12 +390,6 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
         for parameter, required, gradient in before:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where `model` takes its inputs; what accelerate offloads runs elsewhere than it is kept."""
-    offloaded = (module._hf_hook.execution_device for module in model.modules() if has_offloaded_params(module))
-    return torch.device(next((device for device in offloaded if device is not None), next(model.parameters()).device))
 
 
 @contextlib.contextmanager

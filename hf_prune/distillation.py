@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .atomic import readable, write_whole
-from .blocks import input_device
+from .masks import input_device
 from .patterns import check_count
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .blocks import as_it_was, input_device
+from .blocks import as_it_was
 from .calibration import positions_of
+from .masks import input_device
 
 
 @dataclass(frozen=True)

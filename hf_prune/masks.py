@@ -321,6 +321,12 @@ def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
     return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where `model` takes its inputs; what accelerate offloads runs elsewhere than it is kept."""
+    devices = (hook.execution_device for hook in map(offloading_hook, model.modules()) if hook)
+    return torch.device(next((device for device in devices if device is not None), next(model.parameters()).device))
+
+
 def zero_pruned_(tensor: Tensor, bits: Tensor) -> Tensor:
     """Writes +0.0 at the pruned places of `tensor` (..., in), in place, given its mask packed as uint8 (..., ceil(in / 8)).
 

@@ -390,9 +390,8 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
     module.register_buffer("perp_bits", bits.to(device), persistent=False)
     module.__dict__["perp"] = Adapter(adapter.kind, adapter.scale, transposed)
     _hook_state_dict(module)
-    adapted = _CLASSES[_class_of(module)]
     module.__dict__["perp_was"] = type(module)
-    _swap(module, adapted)
+    _swap(module, AdaptedConv1D if transposed else AdaptedLinear)
     return [module.perp_A, module.perp_B]
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from .blocks import as_it_was, input_device, replaced
+from .blocks import as_it_was, replaced
 from .calibration import batches_of, calibration_sequences, positions_of
 from .checkpoint import check_finite
+from .masks import input_device
 from .patterns import check_count
 
 
