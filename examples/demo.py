@@ -46,7 +46,7 @@ def main():
     for method in ("magnitude", "wanda", "gblm", "sparsegpt"):
         for pattern in ("50%", "2:4"):
             model.load_state_dict(dense)
-            model.__dict__.pop("_hf_prune_state", None)
+            del model.pruning_masks
             config = hf_prune.PruningConfig(method=method, pattern=pattern, n_samples=16, sequence_length=256)
             started = time.perf_counter()
             report = model.prune(config, calibration, tokenizer)

@@ -41,7 +41,12 @@ _LATER = {  # name -> module that takes seconds to import, or needs more than hf
 }  # fmt: skip
 
 
+_MODULES = ("callbacks", "metric", "peft_adapters", "pretraining", "runtimes")
+
+
 def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in _LATER:
         return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

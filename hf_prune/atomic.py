@@ -1,23 +1,31 @@
 """A folder that is replaced as a whole: after a crash, a full disk or a kill there is the new one or the old one.
 
 The new folder is written beside the old one under a name that nobody reads, flushed to the disk, and the two change places
-in one step; a single file likewise. The working directory, a mount point and a folder in a read-only one cannot change places: there each file
-is replaced as a whole. Knows nothing of models.
+in one step; a single file likewise. The working directory, a mount point, a folder in a read-only one or of a lower overlay layer cannot change
+places: there each file is replaced as a whole. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None
 
 
 @contextlib.contextmanager
@@ -38,23 +46,16 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
     )
     place = target if inside else target.parent
     _sweep(place, target.name)
-    fresh = place / f".{target.name}.{os.getpid()}.tmp"
+    fresh = place / f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        yield fresh
+        with written(folder):
+            yield fresh
         _flush(fresh)  # takes long; what somebody else writes into `target` meanwhile has to be seen
         old = [entry for entry in target.iterdir() if entry != fresh] if target.exists() else []
-        if inside:
-            made = sorted(entry.name for entry in fresh.iterdir())
-            for entry in map(fresh.joinpath, made):
-                if entry.is_dir():
-                    shutil.rmtree(target / entry.name, ignore_errors=True)
-                entry.replace(target / entry.name)
-            for entry in old:
-                if is_stale(entry.name) and entry.name not in made:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        else:
+        made = sorted(entry.name for entry in fresh.iterdir())
+        if not inside:
             for entry in old:
                 if not is_stale(entry.name) and not (fresh / entry.name).exists():
                     if entry.is_dir() and not entry.is_symlink():
@@ -64,7 +65,20 @@ def replaced_folder(folder: str | Path, is_stale: Callable[[str], bool]) -> Iter
             if target.exists():
                 shutil.copymode(target, fresh)
             _flush_entry(fresh)
-            _exchange(fresh, target)
+            try:
+                _exchange(fresh, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                inside = True
+        if inside:
+            for entry in map(fresh.joinpath, made):
+                if entry.is_dir():
+                    shutil.rmtree(target / entry.name, ignore_errors=True)
+                entry.replace(target / entry.name)
+            for entry in old:
+                if is_stale(entry.name) and entry.name not in made:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         _flush_entry(place)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -105,13 +119,42 @@ def readable(path: str | Path, what: str, way_out: str = "") -> Iterator[None]:
         raise ValueError(f"{path} is damaged, it cannot be read as {what}: {error!r}.{way_out}") from error
 
 
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[None]:
+    """What safetensors says of a full disk, while `path` is written within, is an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}. What is finished is kept.") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within, no other process works in `folder`, where the system has such locks; made if it is not there.
+
+    Raises:
+        ValueError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing {folder}: wait for it, or give another folder.") from error
+        except OSError:  # nor has every file system
+            pass
+        yield
+
+
 def write_whole(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
     """`write`s a file that appears under its name only when it is complete and on the disk.
 
     `shared`: several processes may write the same file at once.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
-    write(temporary)
+    with written(path):
+        write(temporary)
     _flush_entry(temporary)
     temporary.replace(path)
 
@@ -119,7 +162,7 @@ def write_whole(path: Path, write: Callable[[Path], object], shared: bool = Fals
 def _sweep(place: Path, name: str) -> None:
     """Removes what killed processes left."""
     for left in place.glob(f".{glob.escape(name)}.*.tmp"):
-        pid = left.name.removeprefix(f".{name}.").removesuffix(".tmp")
+        pid = left.name.removeprefix(f".{name}.").split("-")[0].removesuffix(".tmp")
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(left, ignore_errors=True)
 

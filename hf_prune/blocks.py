@@ -1,15 +1,15 @@
 """The decoder blocks of a model, the linears in them and how they are called: the only file that knows Transformers' modules.
 
-Nothing is looked up by architecture. Blocks are the `ModuleList` of gradient-checkpointing layers; what a block calls, in
-which order and on which shared inputs, is seen by running eight tokens through it once. A mixture's fused 3-D expert
-parameter is found the same way: by the matrix products that read it. Leaves out everything that changes a weight.
+Nothing is looked up by architecture. Blocks are the `ModuleList` of gradient-checkpointing layers, or of layers of one class;
+what a block calls, in which order and on which shared inputs, is seen by running eight tokens through it once. A mixture's fused
+3-D expert parameter is found the same way: by the matrix products that read it. Leaves out everything that changes a weight.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +81,11 @@ class Call:
         return output if isinstance(output, Tensor) else output[0]
 
 
+def handed_on(calls: list[Call]) -> list[MutableMapping]:
+    """What blocks will fill in these calls, which none has run yet, for blocks after them to read."""
+    return [v for call in calls for v in call.kwargs.values() if isinstance(v, MutableMapping) and not v]
+
+
 @dataclass(eq=False)
 class Block:
     """One decoder layer."""
@@ -104,17 +109,21 @@ def blocks_of(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: no stack of blocks.
     """
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(isinstance(child, GradientCheckpointingLayer) for child in module)
-    ]
-    if not stacks:
-        raise ValueError(f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers.")
-    name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-    return [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # not the tower that sees or hears
+    of_text = set((decoder or model).modules())
+    stacks = [found for found in model.named_modules() if isinstance(found[1], nn.ModuleList) and len(found[1])]
+    marked = [found for found in stacks if all(isinstance(child, GradientCheckpointingLayer) for child in found[1])]
+    alike = [found for found in stacks if len({type(child) for child in found[1]}) == 1 and _holds_linears(found[1][0])]
+    for stacks in marked, alike:  # those of code outside of Transformers may have no mark
+        stacks = [found for found in stacks if found[1] in of_text] or stacks
+        if stacks:
+            name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+            return [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
+    raise ValueError(f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers.")
+
+
+def _holds_linears(module: nn.Module) -> bool:
+    return not isinstance(module, (nn.Linear, Conv1D)) and any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
 
 
 class Decoder:
@@ -124,12 +133,15 @@ class Decoder:
         present: for a model whose weights are elsewhere: `present(i)` is a context within which those of block `i` are there,
             `present(None)` one for all that is outside of blocks.
 
+    Attributes:
+        shared: whether blocks hand more than hidden states on to others, such as keys and values (Gemma 3n).
+
     Raises:
         ValueError: no stack of blocks, or blocks that do not simply follow one another.
     """
 
     def __init__(self, model: nn.Module, present: Callable[[int | None], AbstractContextManager] | None = None):
-        self.model = model
+        self.model, self.shared = model, False
         self.body = getattr(model, model.base_model_prefix, model)
         self.blocks = blocks_of(model)
         self.outside_present = partial(present, None) if present else contextlib.nullcontext
@@ -151,24 +163,35 @@ class Decoder:
     def _trace(self) -> None:
         """Runs eight tokens; notes who is called in which order on which input, and finds the fused experts."""
         calls: list[tuple[Linear, Tensor]] = []
+        grouped: set[Linear] = set()
         previous: Tensor | None = None
 
         def before(module, args, kwargs):
             visit.enter_context(by_module[module].present())
             visit.enter_context(watch(by_module[module], lambda linear, x: calls.append((linear, x)), discover=True))
+            for linear in by_module[module].linears:
+                visit.callback(linear.module.register_forward_hook(partial(gave, linear)).remove)
             hidden = args[0] if args else kwargs["hidden_states"]
+            self.shared |= bool(handed_on([Call((), kwargs)]))
             if previous is not None and not (hidden is previous or torch.equal(hidden.to(previous.device), previous)):
                 raise ValueError(
                     f"{type(self.model).__name__} changes the hidden states between its blocks: hf_prune needs blocks that follow one another."
                 )
 
+        def gave(linear, module, args, output):
+            if args and args[0].numel() // linear.in_features != output.numel() // linear.out_features:
+                grouped.add(linear)
+
         def after(module, args, output):
             nonlocal previous
             block = by_module[module]
+            for linear in grouped.intersection(block.linears):
+                block.linears.remove(linear)
+                block.left_dense[linear.name] = "its outputs read different inputs, group by group"
             block.returns_tuple = not isinstance(output, Tensor)
             previous = output[0] if block.returns_tuple else output
             block.rest_of_output = tuple(output[1:]) if block.returns_tuple else ()
-            _order(block, calls)
+            _order(block, [(linear, x) for linear, x in calls if linear not in grouped])
             calls.clear()
             visit.close()
 
@@ -300,7 +323,8 @@ def watch(
     """
 
     def hear(linear: Linear, x: Tensor) -> None:
-        on_input(linear, x if discover else x.reshape(-1, x.shape[-1]))
+        if x.numel():  # an expert may be called with no token
+            on_input(linear, x if discover else x.reshape(-1, x.shape[-1]))
 
     def heard(linear: Linear, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         hear(linear, args[0] if args else kwargs["input"])
@@ -483,11 +507,12 @@ def _silence(hidden: Tensor, rest: tuple | None, *args: Any, **kwargs: Any) -> A
 
 
 def _linears_of(block: Block) -> Iterator[Linear]:
-    """The `nn.Linear` and `Conv1D` of a block; routers and other large parameters go to `block.left_dense`."""
+    """The `nn.Linear` and `Conv1D` of a block; routers, tiny ones and other parameters go to `block.left_dense`."""
     for path, module in block.module.named_modules():
         name = ".".join(filter(None, (block.name, path)))
         if isinstance(module, (nn.Linear, Conv1D)):
-            if reason := _router(block.module, path):
+            too_small = "reads or gives fewer than 8 numbers" if min(module.weight.shape) < 8 else None
+            if reason := _router(block.module, path) or too_small:
                 block.left_dense[name] = reason
             else:
                 yield Linear(name, f"{name}.weight", module, "weight", transposed=isinstance(module, Conv1D))

@@ -1,7 +1,7 @@
 """Calibration: whatever the user has, as sequences of token ids.
 
-A list of strings or chats, token ids, a DataLoader, a `datasets` Dataset, a .txt, .jsonl or .parquet file, or the name of a
-data set on the Hub. Padding is cut off here and never enters the model, so no statistic has to know of it.
+A list of strings or chats, token ids, a DataLoader, a Dataset of `datasets` or torch, a DataFrame, a .txt, .jsonl or .parquet file, or
+the name of a data set on the Hub. Padding is cut off here and never enters the model, so no statistic has to know of it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -25,6 +27,7 @@ _FILES = (".txt", ".jsonl", ".json", ".parquet")
 _TEXTS = ("text", "content")
 _CHATS = ("messages", "conversations")
 _SHARE_GPT = {"human": "user", "gpt": "assistant"}  # its turns are {"from": "human", "value": "..."}
+_ROWS = (list, tuple, numpy.ndarray)
 _PAPER_TRIES = 10_000
 
 
@@ -55,16 +58,25 @@ def calibration_sequences(
         source = _named(source, seed)
     elif isinstance(source, Path):
         source = _read_file(source)
+    if hasattr(source, "columns"):  # a DataFrame
+        source = {name: source[name].to_list() for name in source.columns}
+    if isinstance(source, Mapping) and any(hasattr(part, "column_names") for part in source.values()):  # a DatasetDict
+        raise ValueError(f"calibration holds data sets by split: give one of {', '.join(source)}.")
     if isinstance(source, Mapping):  # columns
         source = next((source[key] for key in _TEXTS if isinstance(source.get(key), (list, tuple))), source)
     if isinstance(source, Tensor) and source.dim() == 1:
         source = source[None]
+    if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, Iterable):
+        source = map(source.__getitem__, range(len(source)))
     items = iter(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else iter([source])
     try:
         first = next(items)
     except StopIteration:
         raise ValueError("the calibration data is empty: not one text or sequence was found in it.") from None
     items = itertools.chain([first], items)
+    if isinstance(first, Integral):
+        first = list(items)
+        items = iter([first])
     if _is_ids(first):
         sequences = list(itertools.islice(_unpadded(items), n_samples))
         if sampling == "paper":
@@ -77,7 +89,7 @@ def calibration_sequences(
             "calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer)"
             + ("." if tokenizer is None else f", such as AutoTokenizer.from_pretrained gives; got {tokenizer!r}.")
         )
-    documents = (_text(item, tokenizer) for item in items)
+    documents = (text for item in items for text in _texts(item, tokenizer))
     take = _paper_windows if sampling == "paper" else _packed_windows
     sequences = take(documents, tokenizer, n_samples, sequence_length, random.Random(seed))
     _check_ids(sequences, sequence_length, n_samples, vocab_size)
@@ -88,7 +100,7 @@ def positions_of(config: Any) -> int | None:
     """The longest sequence that a model of this config takes; None where it does not say."""
     text = config.get_text_config()
     known = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter is MPT's
-    return next((positions for positions in known if positions is not None), None)
+    return next((positions for positions in known if positions and positions > 0), None)  # XLNet's -1 is no bound
 
 
 def batches_of(sequences: list[Tensor], tokens_per_batch: int) -> list[Tensor]:
@@ -146,21 +158,21 @@ def _is_ids(item: Any) -> bool:
     if isinstance(item, Mapping) or hasattr(item, "input_ids"):
         return "input_ids" in item
     if isinstance(item, (list, tuple)):
-        return bool(item) and isinstance(item[0], (int, Tensor))
-    return isinstance(item, Tensor)
+        return bool(item) and isinstance(item[0], (Integral, Tensor, numpy.ndarray))
+    return isinstance(item, (Tensor, numpy.ndarray))
 
 
 def _unpadded(items: Iterable) -> Iterator[Tensor]:
     for item in items:
         mask = None
-        if not isinstance(item, (Tensor, list, tuple)):
+        if not isinstance(item, (Tensor, numpy.ndarray, list, tuple)):
             mask = item.get("attention_mask")
             item = item["input_ids"]
         if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # of a TensorDataset: (inputs, targets)
             item = item[0]
-        if isinstance(item, (list, tuple)) and item and isinstance(item[0], (list, tuple)):  # perhaps of unequal length
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], _ROWS):  # perhaps of unequal length
             masks = [None] * len(item) if mask is None else mask
-            rows = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(item, masks, strict=True) if row]
+            rows = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(item, masks, strict=True) if len(row)]
             yield from _unpadded(rows)
             continue
         ids = torch.as_tensor(item).cpu()
@@ -173,24 +185,29 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
                 yield row
 
 
-def _text(item: Any, tokenizer: Any) -> tuple[str, bool]:
-    """The text of an example, and whether a chat template has put its special tokens in already."""
-    if isinstance(item, Mapping):
-        for key in (*_TEXTS, *_CHATS):
-            if key in item:
-                return _text(item[key], tokenizer)
-        strings = [value for value in item.values() if isinstance(value, str)]
-        if len(strings) == 1:
-            return strings[0], False
+def _texts(item: Any, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The texts of an example or a batch, each with whether a chat template has put its special tokens in already."""
+    if isinstance(item, str):
+        yield item, False
+    elif isinstance(item, Mapping):
+        batch = {key: value[0] for key, value in item.items() if isinstance(value, list) and value}
+        strings, columns = ([key for key, value in of.items() if isinstance(value, str)] for of in (item, batch))
+        strings = strings or columns
+        key = next((key for key in (*_TEXTS, *_CHATS) if key in item), strings[0] if len(strings) == 1 else None)
+        if key is not None:
+            yield from _texts(item[key], tokenizer)
+            return
         raise TypeError(
             f"a calibration example has {len(strings) or 'no'} texts: its columns are {', '.join(map(str, item))}. Name the one that "
             f"counts {' or '.join(map(repr, _TEXTS))}, or chats {' or '.join(map(repr, _CHATS))}, or give a list of texts."
         )
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
-        return tokenizer.apply_chat_template([_turn(turn) for turn in item], tokenize=False), True
-    if isinstance(item, str):
-        return item, False
-    raise TypeError(f"calibration must hold texts, chats or token ids, found a {type(item).__name__}.")
+    elif isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
+        yield tokenizer.apply_chat_template([_turn(turn) for turn in item], tokenize=False), True
+    elif isinstance(item, (list, tuple)):
+        for part in item:
+            yield from _texts(part, tokenizer)
+    else:
+        raise TypeError(f"calibration must hold texts, chats or token ids, found a {type(item).__name__}.")
 
 
 def _turn(turn: Mapping) -> Mapping:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,6 +43,7 @@ class Checkpoint(Weights):
         work: a folder for what is unfinished, made if it is not there.
         device: where a part is put while it is worked on.
         ranks: the processes that prune together; only the first writes.
+        earlier: masks of what was pruned before.
 
     Raises:
         ValueError: no safetensors, one is missing or damaged, or they do not hold this model's weights part by part.
@@ -50,8 +51,8 @@ class Checkpoint(Weights):
 
     together = False
 
-    def __init__(self, model: PreTrainedModel, source: Path, work: Path, device: torch.device, ranks: Ranks):
-        self.stored = {}
+    def __init__(self, model: PreTrainedModel, source: Path, work: Path, device: torch.device, ranks: Ranks, earlier: Masks):
+        self.stored, self._earlier = {}, earlier
         self.source, self.work, self.device, self.ranks = source, work, device, ranks
         self.masks = Masks(folder=(work / f"rank-{ranks.index}" if ranks.index else work) / "masks")
         self._model, self._loader, files = model, _Loader(model, device), _files_of(source)
@@ -90,21 +91,33 @@ class Checkpoint(Weights):
         """As of `Weights`.
 
         Raises:
-            ValueError: they are damaged, incomplete, not finite, or the files were changed meanwhile.
+            ValueError: they are damaged, incomplete, not finite, not zero where they were pruned, or the files were changed meanwhile.
         """
         places = self._places[part]
         there: dict[int, nn.Parameter] = {}  # by the parameter of the skeleton: one may have several places
         try:
             self._loader.load(self._tensors(part))
-            for module, attribute, meta in places.values():
+            for name, (module, attribute, meta) in places.items():
                 if not (parameter := getattr(module, attribute)).is_meta:
-                    there.setdefault(id(meta), parameter.requires_grad_(False))
+                    tied = there.setdefault(id(meta), parameter.requires_grad_(False))
+                    if part not in self._checked and tied is not parameter and not torch.equal(tied, parameter):
+                        first = next(known for known, place in places.items() if place[2] is meta)
+                        raise ValueError(
+                            f"{self.source} has other values for {name} than for {first}, to which its config ties it: set "
+                            "tie_word_embeddings to false there."
+                        )
             for name, (module, attribute, meta) in places.items():
                 if id(meta) not in there:
                     raise ValueError(f"{self.source} lacks the weights of {name}: download it again.")
                 setattr(module, attribute, there[id(meta)])
             if part not in self._checked:
                 check_finite((name, getattr(module, attribute)) for name, (module, attribute, _) in places.items())
+                if wrong := self._earlier.renamed({name: name for name in places}).violations(self._model):
+                    name, count = next(iter(wrong.items()))
+                    raise ValueError(
+                        f"{self.source}: {count} pruned weights of {name} are not zero: hf_prune.load(..., on_mismatch='reapply') "
+                        "and save_pretrained set them to zero again."
+                    )
                 self._checked.add(part)
             if part is not None:
                 self._read_ahead(part)
@@ -127,10 +140,7 @@ class Checkpoint(Weights):
         once = {id(state[name]): name for name in reversed(self._names[part])}  # tied ones under their first name
         mine = self._loader.reverted({name: state[name].detach() for name in once.values()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
-        try:
-            write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}. What is finished is kept.") from error
+        write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
     def write_index(self) -> None:
         """Names the shards, which are all there."""
@@ -186,11 +196,11 @@ class CheckpointJournal(Journal):
         parameters: dict[str, nn.Parameter],
         masks: dict[str, Tensor],
         report: BlockReport,
-        hidden: list[Tensor],
+        *states: Sequence,
     ) -> None:
         if not self.ranks.index:
             self._checkpoint.write(index)
-        super().save_block(index, {}, {}, report, hidden)
+        super().save_block(index, {}, {}, report, *states)
 
     def _is_done(self, index: int) -> bool:  # shards may have become the output already
         return super()._is_done(index) and self._checkpoint.shard(index).exists()
@@ -264,11 +274,11 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Key of a tensor -> the file that holds it."""
-    if (folder / INDEX).is_file():
+    if (folder / "model.safetensors").is_file():  # before an index, as Transformers has it
+        named = {"": "model.safetensors"}
+    elif (folder / INDEX).is_file():
         with readable(folder / INDEX, "an index of weights"):
             named = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    elif (folder / "model.safetensors").is_file():
-        named = {"": "model.safetensors"}
     else:
         raise ValueError(
             f"{folder} has no model.safetensors and no {INDEX}: only those are read from disk to disk. Write them once with "

@@ -8,11 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 
 from .atomic import check_writable
 from .config import PruningConfig
 from .patterns import first_line, one_of
+from .pruning import check_device
 from .ranks import Ranks
 
 
@@ -22,14 +23,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check_machine(args)
         return args.run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
         print(f"hf-prune {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        keeps = getattr(args, "resume_dir", None) or getattr(args, "stream", False)
-        again = "the same command goes on from its journal." if keeps else "nothing was written."
-        print(f"hf-prune {args.command}: interrupted; {again}", file=sys.stderr)
+        print(f"hf-prune {args.command}: interrupted; {_left(args)}.", file=sys.stderr)
         return 130
+
+
+def _left(args) -> str:
+    from .streaming import UNFINISHED
+
+    if args.command == "prune" and Path(args.resume_dir or f"{args.output}{UNFINISHED}", "journal.json").exists():
+        return "the same command goes on from its journal"
+    return getattr(args, "left", "nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,21 +107,24 @@ def _check_machine(args) -> None:
     if args.command not in ("prune", "perplexity"):
         return
     one_of("--dtype", args.dtype, ("auto", "bfloat16", "float16", "float32"))
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:  # no such word, a torch without CUDA, fewer GPUs than that
-        there = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
-        raise ValueError(f"--device {args.device!r} is not here ({first_line(error)}): give {there}.") from error
+    check_device(args.device, "--device")
 
 
-def _load(args):
+def _load(args, needs_text: bool = True):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .serialization import load
 
     files = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     model = (AutoModelForCausalLM.from_pretrained if files else load)(args.model, dtype=args.dtype, **files)
-    return model.to(args.device), AutoTokenizer.from_pretrained(args.model, **files)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **files)
+    except Exception as error:  # each version of Transformers has its own
+        if needs_text:
+            raise
+        tokenizer = None
+        print(f"no tokenizer is saved, it has none: {first_line(error)}", file=sys.stderr)
+    return model.to(args.device), tokenizer
 
 
 def _pairs(words: list[str], option: str) -> dict[str, str]:
@@ -143,12 +153,17 @@ def _prune(args) -> int:
     check_writable(args.output)
     if args.stream:
         return _stream(args, config)
-    model, tokenizer = _load(args)
+    model, tokenizer = _load(args, config.needs_calibration)
     report = model.prune(config, args.calibration, tokenizer, resume_dir=args.resume_dir, bf16=args.bf16)
     if Ranks.launched().index == 0:
         print(report)
         model.save_pretrained(args.output, compact=args.compact)
-        tokenizer.save_pretrained(args.output)
+        if tokenizer is not None:
+            args.left = f"{args.output} has the model, but not its tokenizer"
+            try:
+                tokenizer.save_pretrained(args.output)
+            except Exception as error:  # tokenizers has no other for a full disk
+                raise OSError(f"{args.left}: {error}") from error
         print(f"saved to {args.output}")
     return 0
 
@@ -178,7 +193,10 @@ def _stream(args, config: PruningConfig) -> int:
 def _perplexity(args) -> int:
     from .evaluation import perplexity
 
-    text = Path(args.text).read_text(encoding="utf-8")
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.text} is not text in UTF-8: {error}.") from error
     print(perplexity(*_load(args), text, sequence_length=args.sequence_length, stride=args.stride, progress=True))
     return 0
 

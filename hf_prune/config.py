@@ -21,9 +21,22 @@ logger = logging.get_logger(__name__)
 CONFIG_FILE = "pruning_config.json"
 
 
+class _Derived:
+    """Marks what a config has made of its other words, so that `dataclasses.replace`, which gives it back, makes it anew."""
+
+
+class _Word(_Derived, str): ...
+
+
+class _Number(_Derived, float): ...
+
+
+class _Options(_Derived, dict): ...
+
+
 @dataclass
 class PruningConfig:
-    """What to prune, how, and from how much text.
+    """What to prune, how, and from how much text; to set an attribute is to make it anew with `dataclasses.replace`.
 
     Attributes:
         method: "magnitude", "wanda", "sparsegpt", "alps", "gblm", "ria", "taylor", or an instance of a `Method`.
@@ -47,7 +60,7 @@ class PruningConfig:
 
     method: str | Method = "wanda"
     pattern: str | float | Pattern = "unstructured"
-    sparsity: float = 0.5
+    sparsity: float = _Number(0.5)
     method_options: dict[str, Any] = field(default_factory=dict)
     comparison_group: str | None = None
     propagate: str | None = None
@@ -60,7 +73,15 @@ class PruningConfig:
     seed: int = 0
     parameters: float | int | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_made" in self.__dict__:
+            self.__dict__.update(dataclasses.replace(self, **{name: value}).__dict__)
+        else:
+            super().__setattr__(name, value)
+
     def __post_init__(self):
+        if isinstance(self.method_options, _Derived):
+            self.method_options = {}
         if isinstance(self.method, Method):
             if self.method_options not in ({}, dataclasses.asdict(self.method)):  # the latter is what dataclasses.replace gives
                 raise ValueError("method_options go with a method's name; set the fields of the instance instead.")
@@ -68,7 +89,9 @@ class PruningConfig:
             self.method = make(self.method, self.method_options)
         else:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
-        self.method_options = dataclasses.asdict(self.method)
+        self.method_options = (dict if self.method_options else _Options)(dataclasses.asdict(self.method))
+        if isinstance(self.pattern, Unstructured) and not isinstance(self.sparsity, _Derived):
+            self.pattern = Unstructured(self.sparsity)
         if self.parameters is not None:
             same = Structured(parameters=self.parameters)
             if self.pattern not in ("unstructured", same):
@@ -80,9 +103,9 @@ class PruningConfig:
                 f"method '{self.method.name}' cannot give pattern '{self.pattern}': whole groups ('heads:0.25,ffn:0.25' or "
                 "parameters=0.8) go with method='taylor', and it with them."
             )
-        if self.sparsity not in (0.5, self.pattern.sparsity):
+        if not isinstance(self.sparsity, _Derived) and self.sparsity not in (0.5, self.pattern.sparsity):
             logger.warning(f"sparsity={self.sparsity} is not used: pattern '{self.pattern}' means {self.pattern.sparsity:g}.")
-        self.sparsity = self.pattern.sparsity
+        self.sparsity = _Number(self.pattern.sparsity)
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             setattr(self, name, [globs] if isinstance(globs, str) else list(globs))
@@ -99,8 +122,9 @@ class PruningConfig:
             )
         if any(isinstance(pattern, Structured) for pattern in self.overrides.values()):
             raise ValueError("overrides are patterns of weights; whole groups go from every block alike.")
-        self.comparison_group = self.comparison_group or self.method.comparison_group
-        self.propagate = self.propagate or self.method.propagate
+        for name in ("comparison_group", "propagate"):
+            if getattr(self, name) is None or isinstance(getattr(self, name), _Derived):
+                setattr(self, name, _Word(getattr(self.method, name)))
         if self.comparison_group == "block" and self.propagate == "linear":
             raise ValueError("comparison_group='block' compares a block's linears before one is pruned: use propagate='block'.")
         if self.comparison_group == "model" and self.method.needs:
@@ -113,6 +137,7 @@ class PruningConfig:
                 raise ValueError(f"{self.method.name} solves one matrix at a time: comparison_group must be 'row' or 'matrix'.")
             if self.overrides:
                 raise ValueError(f"overrides need comparison_group='row' or 'matrix', not {self.comparison_group!r}.")
+        self._made = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -144,6 +169,8 @@ class PruningConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["method"] = self.method.name
         values["pattern"] = "unstructured" if isinstance(self.pattern, Unstructured) else str(self.pattern)
+        values |= {"comparison_group": str(self.comparison_group), "propagate": str(self.propagate)}
+        values |= {"sparsity": float(self.sparsity), "method_options": dict(self.method_options)}
         del values["parameters"]  # the pattern says it
         values["overrides"] = {glob: str(pattern) for glob, pattern in self.overrides.items()}
         return values

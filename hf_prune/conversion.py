@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .compact import INDEX, CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
 from .masks import Masks, unpack
 from .model_card import card_of, write_card
-from .serialization import FOLDER, PruningState, check_inside, is_replaced, variant_of
+from .serialization import FOLDER, PruningState, check_inside, copy_entry, is_replaced, variant_of
 
 
 logger = logging.get_logger(__name__)
@@ -63,13 +62,11 @@ def expand(folder: str | Path, out: str | Path) -> None:
         state = _state_of(legacy, config)
     others = [entry for entry in source.iterdir() if not is_replaced(entry.name)]
     for entry in others:
-        check_inside(entry, source)
+        for path in (entry, *entry.rglob("*")):
+            check_inside(path, source)
     with replaced_folder(out, is_replaced) as fresh, files:
         for entry in others:
-            if entry.is_dir():
-                shutil.copytree(entry, fresh / entry.name, symlinks=True)
-            else:
-                shutil.copy2(entry, fresh / entry.name)
+            copy_entry(entry, fresh)
         _write(fresh, files, plan)
         if legacy:
             (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")

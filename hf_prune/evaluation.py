@@ -64,7 +64,8 @@ def perplexity(
     Args:
         text: a string, several (joined by a blank line), or ids (length,) or (windows, sequence_length), also as a tokenizer gives them.
         tokenizer: may be None for ids.
-        sequence_length: tokens a window, at most the model's positions; default that number, at most 2048, or the width of 2-D ids.
+        sequence_length: tokens a window, at most the model's positions; default that number, at most 2048, or the width of 2-D ids, but
+            for a single row that is longer than the positions.
         add_bos: put the tokenizer's BOS token first in every window; default is what the tokenizer itself does with text.
             The papers' code has it in the first window only; add_bos=False leaves it out everywhere.
 
@@ -74,8 +75,9 @@ def perplexity(
     """
     positions, text = positions_of(model.config), _text_or_ids(text)
     if sequence_length is None and isinstance(text, Tensor) and text.dim() == 2:
-        sequence_length = text.shape[1]
-    length = sequence_length or min(2048, positions or 2048)
+        rows, width = text.shape
+        sequence_length = None if rows == 1 and positions and width > positions else width
+    length = min(2048, positions or 2048) if sequence_length is None else sequence_length
     if length < 2 or (positions and length > positions):
         raise ValueError(f"sequence_length must be from 2 to the model's {positions} positions, got {length}.")
     stride = length if stride is None else stride

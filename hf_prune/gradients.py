@@ -194,6 +194,8 @@ def _listen(
     take: Callable[[Tensor, Tensor], None], checkpointed: bool, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
 ) -> Tensor:
     x = (args[0] if args else next(iter(kwargs.values()))).detach()
+    if not output.requires_grad:  # what the model computes without gradients, such as the indexer of a sparse attention
+        return output
     if checkpointed:
         return _TokenGradients.apply(output, x, take)
     output.register_hook(lambda gradient: take(gradient, x))  # holds what autograd would

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -73,13 +73,16 @@ class Journal:
         masks: dict[str, Tensor],
         report: BlockReport,
         hidden: list[Tensor],
+        shared: Sequence[MutableMapping] = (),
     ) -> None:
-        """Block `index` is done: what it is now, and the hidden states that leave it."""
+        """Block `index` is done: what it is now, the hidden states that leave it, and what a call's later blocks `share` with it."""
         tensors = {f"weight:{name}": parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
         tensors.update({f"mask:{name}": mask.contiguous().cpu() for name, mask in masks.items()})
         metadata = {"report": json.dumps(dataclasses.asdict(report))}
         write_whole(self._block(index), lambda path: save_file(tensors, path, metadata))
         states = {f"{i:06d}": state.detach().contiguous().cpu() for i, state in enumerate(hidden)}
+        for i, mapping in enumerate(shared):
+            states.update({f"{i}:{key}:{j}": x.contiguous().cpu() for key, pair in mapping.items() for j, x in enumerate(pair)})
         write_whole(self._hidden(index + 1), lambda path: save_file(states, path))
         self.ranks.wait()  # as long as one of them has not come that far, all have to begin again before it
         self._hidden(index).unlink(missing_ok=True)
@@ -94,11 +97,15 @@ class Journal:
                 parameter.copy_(tensors[f"weight:{name}"])
             return {key.removeprefix("mask:"): mask for key, mask in tensors.items() if key.startswith("mask:")}, report
 
-    def hidden(self, finished: int, like: list[Tensor]) -> list[Tensor]:
-        """The hidden states after that many finished blocks, on the devices of `like`."""
+    def hidden(self, finished: int, like: list[Tensor], shared: Sequence[MutableMapping] = ()) -> list[Tensor]:
+        """The hidden states after that many finished blocks, on the devices of `like`; `shared` are filled as they were."""
         path = self._hidden(finished)
         with _part(path):
             states = load_file(path)
+            for name in sorted(name for name in states if ":" in name):
+                i, key, _ = name.split(":")
+                mapping = shared[int(i)]
+                mapping[key] = (*mapping.get(key, ()), states.pop(name).to(like[0].device))
             return [states[key].to(other.device) for key, other in zip(sorted(states), like, strict=True)]
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from .atomic import readable
+from .atomic import readable, written
 
 
 FORMAT_VERSION = 1
@@ -45,8 +45,9 @@ class Masks(MutableMapping[str, Tensor]):
             self[name] = mask
 
     def __setitem__(self, name: str, mask: Tensor) -> None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"the mask of {name} must be bool with True = kept, got {mask.dtype}.")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            raise TypeError(f"the mask of {name} must be a bool tensor with True = kept, got {kind}.")
         self._packed[name] = _pack_anywhere(mask.detach()), tuple(mask.shape)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -102,7 +103,7 @@ class Masks(MutableMapping[str, Tensor]):
         """
         kept = {}
         for name, parameter in self.parameters_of(model).items():
-            if not parameter.is_floating_point():
+            if is_quantised(parameter):
                 raise ValueError(f"{name} is quantised, and is not changed there: load the model without that.")
             kept[name] = where_kept(model, name, parameter, to_change=True)
         for name, values in kept.items():
@@ -110,16 +111,18 @@ class Masks(MutableMapping[str, Tensor]):
             zero_pruned_(weight, bits.to(weight.device))
 
     @torch.no_grad()
-    def violations(self, model: nn.Module) -> dict[str, int]:
+    def violations(self, model: nn.Module, values: Mapping[str, Tensor] = {}) -> dict[str, int]:
         """Per parameter, how many pruned weights of `model` (of what this process has of it) are not zero; only those that have any.
 
+        `values` of that name, where there are some, stand for a parameter's own.
         What a quantizer has stored in numbers of its own is passed over: `check_zeros` reads it.
         """
         found = {}
         for name, parameter in self.parameters_of(model).items():
-            if not parameter.is_floating_point():
+            if is_quantised(parameter):
                 continue
-            weight, bits = in_this_process(where_kept(model, name, parameter), self.packed(name))
+            weight = values[name] if name in values else where_kept(model, name, parameter)
+            weight, bits = in_this_process(weight, self.packed(name))
             if weight.device.type == "cpu":  # ten times faster than what follows, which also knows that -0.0 is zero
                 if not (pack(bit_patterns(weight) != 0) & ~bits.numpy()).any():
                     continue
@@ -137,8 +140,11 @@ class Masks(MutableMapping[str, Tensor]):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self:
             if name not in parameters:
-                raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.")
-            if parameters[name].is_floating_point() and tuple(parameters[name].shape) != self.shape(name):
+                raise ValueError(
+                    f"the masks do not belong to this model: it has no parameter {name!r}. If that is of an expert, Transformers 4.x and 5 "
+                    "name it differently: hf_prune.load(..., on_mismatch='drop'), and prune again."
+                )
+            if not is_quantised(parameters[name]) and tuple(parameters[name].shape) != self.shape(name):
                 raise ValueError(
                     f"the masks do not belong to this model: {name} has shape {tuple(parameters[name].shape)}, its mask "
                     f"{self.shape(name)}. Take the masks that were saved with it."
@@ -231,7 +237,8 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
     def __setitem__(self, name: str, value: tuple[numpy.ndarray, tuple[int, ...]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{name}.tmp"
-        save_file({"mask": value[0]}, temporary, {"shape": json.dumps(value[1])})
+        with written(self._path(name)):
+            save_file({"mask": value[0]}, temporary, {"shape": json.dumps(value[1])})
         temporary.replace(self._path(name))  # not flushed: there are many, and one that a power cut damages is found to be so
 
     def __getitem__(self, name: str) -> tuple[numpy.ndarray, tuple[int, ...]]:
@@ -269,6 +276,11 @@ def _pack_anywhere(mask: Tensor) -> numpy.ndarray:
 def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:
     """The bool (..., width) that `pack` was given."""
     return numpy.unpackbits(packed, axis=-1, count=width, bitorder="little").view(numpy.bool_)
+
+
+def is_quantised(parameter: Tensor) -> bool:
+    """Whether a quantizer has stored it in numbers of its own; torchao's tensors have the dtype that they were quantised from."""
+    return not parameter.is_floating_point() or type(parameter).dequantize is not Tensor.dequantize
 
 
 def in_this_process(parameter: Tensor, packed: numpy.ndarray) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import functools
 import inspect
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from .calibration import batches_of
 from .checkpoint import check_finite
 from .compact import compress
 from .config import PruningConfig
-from .masks import Masks
+from .masks import Masks, is_quantised
 from .model_card import base_card, card_of, of_others, without_section, write_card, write_text
 from .perp import merged_state
 from .pruning import check_model, is_dequantized, prune_model, sequences_for
+from .ranks import Ranks
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
 from .serialization import (
     ADAPTER,
     FOLDER,
+    SHRUNK,
     STATE,
     PruningState,
     is_replaced,
@@ -51,13 +54,14 @@ logger = logging.get_logger(__name__)
 class PruningMixin:
     """The methods that a model gains. They keep their state in one instance attribute, so deepcopy and pickle carry it."""
 
+    @torch.inference_mode(False)
     def prune(
         self,
         config: PruningConfig | None = None,
         calibration: Any = None,
         tokenizer: Any = None,
         *,
-        masks: Masks | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
         tokens_per_batch: int | None = None,
         store: str | torch.device | None = None,
         bf16: bool = False,
@@ -71,7 +75,7 @@ class PruningMixin:
             calibration: texts, chats, token ids, a DataLoader, a `datasets` Dataset, a file, or a Hub data set's name; only methods
                 that need data read it.
             tokenizer: for text.
-            masks: masks to use as they are; with method "sparsegpt" the kept weights make up for them.
+            masks: masks to use as they are, by name of the parameter; with method "sparsegpt" the kept weights make up for them.
             tokens_per_batch: calibration tokens that run through a block together; None goes by the memory there is.
             store: where hidden states wait between blocks: a device, such as "cpu" for a model on a GPU, or "disk".
             bf16: runs the calibration of a float32 model under bfloat16 autocast, as `TrainingArguments.bf16`; statistics and
@@ -93,6 +97,9 @@ class PruningMixin:
             raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
         check_model(self, elsewhere=not config.method.structural)
         state = settle(self)
+        if state and (problem := next(filter(None, Ranks.launched().gathered(_changed(self, state))), "")):
+            logger.warning(f"pruning without the masks there were: {problem}")
+            state = self.__dict__[STATE] = None
 
         if config.method.structural:
             extra = {"masks": masks, "resume_dir": resume_dir, "reconstruct": reconstruct, "store": store, "bf16": bf16}
@@ -100,12 +107,13 @@ class PruningMixin:
                 given = "a model with masks" if state else " and ".join(name for name, value in extra.items() if value)
                 raise ValueError(f"{given}: not with '{config.pattern}'. Take whole groups out first, then prune what is left.")
             report = shrink_model(self, config, calibration, tokenizer, tokens_per_batch)
+            report.follow(self.__dict__.get(SHRUNK))
+            self.__dict__[SHRUNK] = report
             forget_quantization(self)
             return report
 
         def keep(masks: Masks, report: PruningReport) -> None:
-            if state and state.report:
-                report.base_model = state.report.base_model
+            report.follow(state.report if state else self.__dict__.get(SHRUNK))
             _attach(self, PruningState(masks, config.to_dict(), report))
 
         _, report = prune_model(
@@ -135,6 +143,11 @@ class PruningMixin:
         state = settle(self)
         return state.masks if state else None
 
+    @pruning_masks.deleter
+    def pruning_masks(self) -> None:
+        """Forgets masks and report, as of a model that was never pruned; its weights stay."""
+        self.__dict__[STATE] = None
+
     @property
     def pruning_report(self) -> PruningReport | None:
         """The report of the last `prune`; it is saved with the model."""
@@ -150,6 +163,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
+@torch.inference_mode(False)
 def reconstruct(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -178,7 +192,7 @@ def reconstruct(
     check_model(dense)
     config = PruningConfig(n_samples=n_samples, sequence_length=sequence_length, seed=seed)
     with as_it_was(model), as_it_was(dense):
-        check_finite(model.named_parameters())
+        check_finite([*model.named_parameters(), *((f"{n} of the dense model", p) for n, p in dense.named_parameters())])
         decoder, original = Decoder(model), Decoder(dense)
         shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
         if model is dense or shapes[0] != shapes[1]:
@@ -217,9 +231,9 @@ def install() -> None:
         if args:  # by their names, which differ between versions
             kwargs.update(dict(list(named.bind(self, save_directory, *args).arguments.items())[2:]))
         variant, push, token = kwargs.get("variant"), kwargs.get("push_to_hub", False), kwargs.get("token")
-        state = _state_to_save(self, compact, variant)
         if kwargs.get("state_dict"):
             kwargs["state_dict"] = merged_state(self, kwargs["state_dict"])
+        state = _state_to_save(self, compact, variant, kwargs.get("state_dict") or {})
         if _is_adapted(self) or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
         if state and os.path.exists(os.path.join(save_directory, ADAPTER)):
@@ -326,8 +340,11 @@ def _upload(folder: str | Path, repo: str, names: list[str], variants: set[str |
     )
 
 
-def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = None) -> PruningState | None:
-    """The state, if it is true of the weights; a model that was changed after pruning saves without masks, and is told so.
+def _state_to_save(
+    model: PreTrainedModel, compact: bool, variant: str | None = None, values: Mapping[str, torch.Tensor] = {}
+) -> PruningState | None:
+    """The state, if it is true of the weights, or of the `values` that are saved as such; a model that was changed after pruning
+    saves without masks, and is told so.
 
     With an adapter it is the adapter that is saved, without masks; the model keeps them.
 
@@ -337,10 +354,9 @@ def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = 
     state, problem, adapted = None, "", _is_adapted(model)
     try:
         state = None if adapted else settle(model)
-        if violations := state.masks.violations(model) if state else {}:
-            problem = (
-                f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
-            )
+        problem = _changed(model, state, values) if state else ""
+        if compact and not problem and any(map(is_quantised, model.parameters())):
+            problem = "a quantizer has stored its weights in numbers of its own"
     except ValueError as error:
         problem = str(error)
     if compact and (variant or problem or not state):
@@ -349,9 +365,17 @@ def _state_to_save(model: PreTrainedModel, compact: bool, variant: str | None = 
         raise ValueError(f"compact=True leaves out what the masks of a model prune, but {why}.")
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
-        model.__dict__[STATE] = None
+        if not values:
+            model.__dict__[STATE] = None
         return None
     return state
+
+
+def _changed(model: PreTrainedModel, state: PruningState, values: Mapping[str, torch.Tensor] = {}) -> str:
+    """What is no longer zero where `state` says so; empty if all is."""
+    if violations := state.masks.violations(model, values):
+        return f"{len(violations)} parameters are no longer zero where they were pruned, such as {next(iter(violations))}"
+    return ""
 
 
 def _attach(model: PreTrainedModel, state: PruningState) -> None:

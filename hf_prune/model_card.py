@@ -195,6 +195,7 @@ def _how(report: PruningReport) -> str:
     rows = [
         ("base model", report.base_model or report.model),
         ("method", _TITLES.get(config["method"], config["method"]) + paper),
+        ("masks", f"given, of {config['masks']} parameters" if "masks" in config else ""),
         ("options", options),
         ("pattern", _pattern(report) + (f", {config['overrides']}" if config.get("overrides") else "")),
         ("compared within", config.get("comparison_group") or ""),
@@ -203,7 +204,9 @@ def _how(report: PruningReport) -> str:
         ("sparsity of the pruned linears", f"{report.sparsity:.4f}"),
         ("sparsity of all parameters", f"{report.model_sparsity:.4f}"),
         ("calibration", data),
+        ("pruned before", "; ".join(report.earlier)),
         ("reconstructed afterwards", ", ".join(f"{key}={value!r}" for key, value in later)),
+        ("trained afterwards", "; ".join(_training(how) for how in report.trained)),
         ("peak memory", f"{report.peak_memory / 2**30:.2f} GiB" if report.peak_memory else ""),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
@@ -298,7 +301,7 @@ _PLAIN = "`AutoModelForCausalLM.from_pretrained` loads it as well, also without 
 
 def _again(report: PruningReport) -> str:
     config = dict(report.config)
-    how, bf16 = config.pop("reconstruct", None), config.pop("bf16", False)
+    how, bf16, given = config.pop("reconstruct", None), config.pop("bf16", False), config.pop("masks", 0)
     shown = {
         key: value
         for key, value in config.items()
@@ -307,7 +310,7 @@ def _again(report: PruningReport) -> str:
     arguments = "\n".join(f"    {key}={value!r}," for key, value in shown.items())
     source = repr(report.calibration) if report.calibration else "texts"
     data = f"calibration={source}, tokenizer=tokenizer" if report.tokens else ""
-    data += ", bf16=True" if bf16 else ""
+    data = ", ".join(filter(None, [data, "masks=masks" if given else "", "bf16=True" if bf16 else ""]))
     data += f", reconstruct={_reconstruction(how)}" if how else ""
     name, after = report.base_model or "the dense model", ""
     if later := dict(report.reconstructed):
@@ -315,6 +318,8 @@ def _again(report: PruningReport) -> str:
         later = "".join(f", {key}={value!r}" for key, value in later.items())
         after = f"\ndense = AutoModelForCausalLM.from_pretrained({name!r})"
         after += f"\nhf_prune.reconstruct(model, dense, calibration=texts, tokenizer=tokenizer, how={how}{later})"
+    before = "".join(f"# before it: {words}\n" for words in report.earlier)
+    after += "".join(f"\n# then a Trainer with data of its own: {_training(how)}" for how in report.trained)
     return f"""```python
 import hf_prune
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -324,8 +329,13 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})
 config = hf_prune.PruningConfig(
 {arguments}
 )
-model.prune(config{", " + data if data else ""}){after}
+{before}model.prune(config{", " + data if data else ""}){after}
 ```"""
+
+
+def _training(how: dict[str, Any]) -> str:
+    given = ", ".join(f"{key}={value!r}" for key, value in how.items() if key not in ("callback", "steps"))
+    return f"hf_prune.{how['callback']}({given}), {how['steps']} steps"
 
 
 def _reconstruction(how: dict[str, Any]) -> str:

@@ -8,28 +8,28 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .atomic import alone_in
 from .blocks import Block, Decoder, Linear, Store, as_it_was
 from .calibration import batches_of, calibration_sequences, positions_of
 from .checkpoint import Checkpoint, CheckpointJournal, check_finite
 from .config import PruningConfig
 from .gradients import gradients_by_block, model_gradients
 from .journal import Journal, fingerprint, on_disk
-from .masks import Masks
-from .patterns import NM, Pattern
+from .masks import Masks, is_quantised
+from .patterns import NM, Pattern, first_line
 from .ranks import Ranks
 from .reconstruction import Reconstruction
-from .report import PruningReport
+from .report import PruningReport, by_reason
 from .sequential import Plan, prune_blocks, prune_without_data
 from .statistics import GradientNorm
 from .undo import Undo
@@ -48,7 +48,7 @@ def prune_model(
     tokenizer: Any = None,
     *,
     old_masks: Masks | None = None,
-    fixed_masks: Masks | None = None,
+    fixed_masks: Mapping[str, Tensor] | None = None,
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
     bf16: bool = False,
@@ -72,7 +72,11 @@ def prune_model(
     if not (weights.together or checkpoint) and (resume_dir is not None or config.comparison_group == "model"):
         what = "resume_dir" if resume_dir is not None else "comparison_group='model'"
         raise ValueError(f"{what} needs all weights in place, and some are offloaded or sharded: load the model whole.")
-    old_masks, fixed_masks = old_masks or Masks(), fixed_masks or Masks()
+    old_masks = old_masks or Masks()
+    if not isinstance(fixed_masks, Masks):
+        if not isinstance(fixed_masks, Mapping | None):
+            raise TypeError(f"masks must map names of parameters to bool tensors, got a {type(fixed_masks).__name__}.")
+        fixed_masks = Masks(fixed_masks)
     peak = count_peak(weights.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(model))
@@ -91,6 +95,11 @@ def prune_model(
             raise ValueError("group='model' prunes all blocks at once: prune first, then call hf_prune.reconstruct.")
         if how and GradientNorm in config.method.needs and config.method.scope == "block":
             raise ValueError("scope='block' runs sequences one by one: prune first, then call hf_prune.reconstruct.")
+        if decoder.shared and not weights.together and GradientNorm in config.method.needs and config.method.scope == "model":
+            name = type(model).__name__
+            raise ValueError(
+                f"blocks of {name} hand keys and values on to others: use GBLM(scope='block'), or prune it in memory."
+            )
         needs_data = config.needs_calibration or how is not None
         sequences: list[Tensor] = []
         if needs_data:
@@ -111,14 +120,22 @@ def prune_model(
                 "earlier masks": old_masks.digest()[:16],
                 "given masks": fixed_masks.digest()[:16],
                 "tokens_per_batch": str(tokens_per_batch),
-                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+                "versions": json.dumps(_versions()),
+            }
+            identity |= {
+                f"model's {key}": json.dumps(value, sort_keys=True, default=str)
+                for key, value in model.config.to_dict().items()
+                if key not in ("_name_or_path", "transformers_version")
             }
             ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
+            place = checkpoint.work if checkpoint else resume_dir if needs_data else None
+            if place is not None and not ranks.index:
+                stack.enter_context(alone_in(Path(place)))
             if checkpoint:
                 journal = CheckpointJournal(checkpoint, identity)
-            elif resume_dir is not None and needs_data:
-                journal = Journal(resume_dir, identity, ranks)
+            elif place is not None:
+                journal = Journal(place, identity, ranks)
         changed = parameters.values() if how is None else decoder.parameters
         with Undo(changed) as undo:
             masks = weights.masks
@@ -146,6 +163,8 @@ def prune_model(
                     plan.gradients_of = find(decoder, chosen, some, config.method, place, ranks)
                     gradient_seconds = time.perf_counter() - before
                 size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, weights.device, sequences))
+                if journal:  # the memory there is may have changed
+                    size = int(journal.tensors("batch", lambda: {"tokens": torch.tensor(size)})["tokens"])
                 batches = batches_of(ranks.share(sequences), 1 if by_block else size)
                 if how:
                     how.split(len(batches))
@@ -168,6 +187,7 @@ def prune_model(
                     **config.to_dict(),
                     **({"reconstruct": dataclasses.asdict(how)} if how else {}),
                     **({"bf16": True} if plan.bf16 and needs_data else {}),
+                    **({"masks": len(fixed_masks)} if fixed_masks else {}),
                 },
                 blocks=blocks,
                 sparsity=masks.sparsity(),
@@ -179,11 +199,9 @@ def prune_model(
             )
             if keep is not None:
                 keep(masks, report)
-    for name, why in {
-        **{n: w for n, w in skipped.items() if w not in ("router", "excluded by the config")},
-        **report.notes,
-    }.items():
-        logger.warning(f"{name}: {why}")
+    unasked = {name: why for name, why in skipped.items() if why not in ("router", "excluded by the config")}
+    for line in by_reason({**unasked, **report.notes}):
+        logger.warning(line)
     return masks, report
 
 
@@ -196,6 +214,15 @@ def _check_finite(parameters: Iterable[tuple[str, Tensor]], ranks: Ranks) -> Non
         problem = str(error)
     if problems := [told for told in ranks.gathered(problem) if told]:
         raise ValueError(problems[0])
+
+
+def check_device(device: str | torch.device, name: str = "device") -> None:
+    """Raises ValueError for one that is not here, under the `name` that the user gave it by."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such word, a torch without CUDA, fewer GPUs than that
+        there = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        raise ValueError(f"{name} {str(device)!r} is not here ({first_line(error)}): give {there}.") from error
 
 
 def check_model(model: nn.Module, elsewhere: bool = False) -> None:
@@ -212,10 +239,13 @@ def check_model(model: nn.Module, elsewhere: bool = False) -> None:
         if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
             raise ValueError(f"{name} carries an adapter, which would hide the pruned weight: call merge_and_unload() first.")
         if hasattr(module, "perp_A"):
-            raise ValueError(f"{name} carries an adapter of PERPCallback: call its merge() or detach() first.")
+            raise ValueError(
+                f"{name} carries an adapter of PERPCallback: call its merge() or detach() first, or hf_prune.perp.release(model)."
+            )
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise ValueError(f"{name} is quantized ({parameter.dtype}): prune in bfloat16, float16 or float32, then quantize.")
+        if is_quantised(parameter) or parameter.element_size() < 2:
+            stored = f"{type(parameter).__name__}, {parameter.dtype}"
+            raise ValueError(f"{name} is quantized ({stored}): prune in bfloat16, float16 or float32, then quantize.")
         if hasattr(parameter, "placements") and not elsewhere:  # a DTensor
             raise ValueError(f"{name} is sharded over processes: load the model whole, or call hf_prune.prune_checkpoint.")
         if parameter.is_meta and not elsewhere:
@@ -237,16 +267,16 @@ def is_dequantized(model: nn.Module) -> bool:
 def _targets(decoder: Decoder, config: PruningConfig) -> tuple[list[Linear], dict[str, str]]:
     skipped = {name: why for block in decoder.blocks for name, why in block.left_dense.items()}
     outside = {id(p) for p in (decoder.model.get_input_embeddings().weight, decoder.model.get_output_embeddings().weight)}
-    owners: dict[tuple[int, int | None], str] = {}
+    known: set[tuple[int, int | None]] = set()
     linears = []
     for linear in decoder.linears:
         key = id(linear.parameter), linear.expert
         if key[0] in outside:
             skipped[linear.name] = "shares its weight with the embedding"
-        elif key in owners:
-            skipped[linear.name] = f"shares its weight with {owners[key]}"
+        elif key in known:
+            skipped[linear.name] = "is a block's before it as well, and pruned there"
         else:
-            owners[key] = linear.name
+            known.add(key)
             linears.append(linear)
     kept = {linear.name for linear in linears}
     for block in decoder.blocks:
@@ -341,8 +371,13 @@ def facts_of(model: PreTrainedModel, calibration: Any, sequences: list[Tensor], 
         "sequences": len(sequences),
         "tokens": sum(map(len, sequences)),
         "seconds": time.perf_counter() - started,
-        "versions": {library: sys.modules[library].__version__ for library in (__package__, "torch", "transformers")},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    return {library: sys.modules[library].__version__ for library in (__package__, "torch", "transformers")}
 
 
 def _described(calibration: Any) -> str:

@@ -63,6 +63,8 @@ class PruningReport:
         evaluations: what `add_perplexity` was told.
         timings: what `add_timing` was told.
         reconstructed: what a later `reconstruct` was told, which drops evaluations and timings of before.
+        earlier: the prunings before this one, a line each.
+        trained: what a callback did in a `Trainer` afterwards, which drops them too: a dict each training, with its steps.
         structure: where whole groups went: what -> [before, after].
         retrained: whether the training that `prune_iteratively` called after this pruning has ended.
     """
@@ -84,8 +86,26 @@ class PruningReport:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
     reconstructed: dict[str, Any] = field(default_factory=dict)
+    earlier: list[str] = field(default_factory=list)
+    trained: list[dict[str, Any]] = field(default_factory=list)
     structure: dict[str, list[float]] = field(default_factory=dict)
     retrained: bool = False
+
+    def in_words(self) -> str:
+        """This pruning in one line: method, pattern, data, and the training that followed."""
+        config = self.config
+        words = [
+            config["method"],
+            f"{config['pattern']} {config['sparsity']:g}" if config["pattern"] == "unstructured" else config["pattern"],
+        ]
+        words += [f"{self.sequences} sequences" if self.tokens else "no data"]
+        words += ["reconstructed"] if self.reconstructed or config.get("reconstruct") else []
+        return ", ".join([*words, *(f"{how['callback']} for {how['steps']} steps" for how in self.trained)])
+
+    def follow(self, earlier: PruningReport | None) -> None:
+        """Takes over what the model was from the report of an `earlier` pruning, and names that pruning."""
+        if earlier:
+            self.base_model, self.earlier = earlier.base_model, [*earlier.earlier, earlier.in_words()]
 
     def add_perplexity(self, dataset: str, pruned: Perplexity, dense: Perplexity | None = None) -> None:
         """Remembers a perplexity that was measured, for the model card; replaces an earlier one on the same `dataset`.

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .blocks import Block, Call, Decoder, Linear, Store, eager_experts, run_lockstep, watch
+from .blocks import Block, Call, Decoder, Linear, Store, eager_experts, handed_on, run_lockstep, watch
 from .gradients import block_gradients
 from .journal import Journal
 from .masks import Masks
@@ -148,9 +148,10 @@ def prune_blocks(
     with eager_experts(plan.decoder.model):
         hidden, calls = plan.decoder.capture([*batches, probe], store)
         dense = hidden[:-1] if how and how.targets == "dense" else []  # what reaches a block of the dense model
+        shared = handed_on(calls[-1])
         if done:
             logger.info(f"{done} of {len(plan.decoder.blocks)} blocks are taken from {journal.folder}.")
-            hidden = journal.hidden(done, [*hidden, *dense])
+            hidden = journal.hidden(done, [*hidden, *dense], shared)
             hidden, dense = hidden[: len(batches) + 1], hidden[len(batches) + 1 :]
         for index, block in enumerate(tqdm(plan.decoder.blocks, desc=plan.method.name, unit="block")):
             started = time.perf_counter()
@@ -189,7 +190,7 @@ def prune_blocks(
                 error = _relative(after - before, before)
                 reports.append(BlockReport(block.name, time.perf_counter() - started, error, work.reports(), reconstruction))
                 if journal:
-                    journal.save_block(index, work.parameters, work.masks, reports[-1], [*hidden, *dense])
+                    journal.save_block(index, work.parameters, work.masks, reports[-1], [*hidden, *dense], shared)
     return reports
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import weakref
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -19,13 +21,13 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from .atomic import readable
 from .compact import SIGN, as_ordinary
 from .config import CONFIG_FILE
 from .masks import FORMAT_VERSION, MASK_FILE, Masks, check_version
-from .patterns import one_of
+from .patterns import first_line, one_of
 from .report import PruningReport
 
 
@@ -258,7 +260,9 @@ def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def remember_source(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Masks are read when they are first asked for: then from the same place. A token stays out of copies and pickles."""
-    hub = hub_arguments(kwargs)
+    hub, name = hub_arguments(kwargs), model.config._name_or_path
+    if os.path.isdir(name):
+        hub["source"] = os.path.abspath(name)
     _TOKENS[model] = hub.pop("token", None)
     model.__dict__[SOURCE] = hub
 
@@ -313,7 +317,7 @@ def settle(
     if problem and on_mismatch == "error":
         raise ValueError(
             f"{problem}. The weights were changed after pruning. hf_prune.load(..., on_mismatch='reapply') sets them to zero "
-            "again, on_mismatch='drop' goes on without masks."
+            "again; on_mismatch='drop', or `del model.pruning_masks`, goes on without masks."
         )
     if problem and on_mismatch == "drop":
         logger.warning(f"going on without masks: {problem}")
@@ -337,29 +341,36 @@ def state_of(model: PreTrainedModel, who: str) -> PruningState:
     return state
 
 
-STATE, SOURCE = "_hf_prune_state", "_hf_prune_source"  # attributes of an instance
+STATE, SOURCE, SHRUNK = "_hf_prune_state", "_hf_prune_source", "_hf_prune_shrunk"  # attributes of an instance
 _TOKENS: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
 
 
 def _read(config: Any, **hub: Any) -> PruningState:
-    source = config._name_or_path
+    """The state that is where a model of that `config` was loaded from.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the Hub does not say whether there is.
+    """
+    source = hub.pop("source", config._name_or_path)
     hub = {**hub, "revision": getattr(config, "_commit_hash", None) or hub.get("revision")}
     inside = hub.pop("subfolder", "")
-    found = [
-        cached_file(
-            source, name, subfolder=f"{inside}/{FOLDER}".strip("/"), _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False, **hub,
-        )
-        if source
-        else None
-        for name in (MASK_FILE, CONFIG_FILE)
-    ]  # fmt: skip
-    if None in found:
+    gone = not source or (os.path.isabs(source) and not os.path.isdir(source))
+    try:
+        names = [] if gone else [f"{inside}/{FOLDER}/{name}".strip("/") for name in (MASK_FILE, CONFIG_FILE)]
+        found = [file_of(source, name, **hub) for name in names]
+    except OSError as error:
+        raise OSError(
+            f"this model was pruned, and {source!r} cannot be asked for its masks: {first_line(error)} Try again when it can, or "
+            "`del model.pruning_masks` to go on without them."
+        ) from error
+    if gone or None in found:
         raise ValueError(
-            f"this model was pruned, but its masks ({FOLDER}/{MASK_FILE}) are not found in {source!r}. Copy the folder "
-            f"'{FOLDER}' next to its config.json, or load it from where it was saved."
+            f"this model was pruned, but its masks ({FOLDER}/{MASK_FILE}) are not found in {source!r}"
+            f"{', which is gone' if source and gone else ''}. Copy the folder '{FOLDER}' next to its config.json, or load it from where it was "
+            "saved; `del model.pruning_masks` goes on without them."
         )
-    return PruningState.load(Path(found[0]).parent.parent)
+    return PruningState.load(found[0].parent.parent)
 
 
 def check_inside(path: Path, folder: Path) -> None:
@@ -369,6 +380,14 @@ def check_inside(path: Path, folder: Path) -> None:
         allowed.append(folder.absolute().parent.parent / "blobs")
     if not any(path.resolve().is_relative_to(root.resolve()) for root in allowed):
         raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder: hf_prune does not follow it.")
+
+
+def copy_entry(entry: Path, folder: Path) -> None:
+    """Writes a file, or all that are in a folder, into `folder`: their contents, also of links, and not that they are read-only."""
+    if entry.is_dir():
+        shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(entry, folder / entry.name)
 
 
 def _digest(path: Path) -> str:

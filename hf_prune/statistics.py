@@ -97,8 +97,12 @@ class Hessian:
         """gram + damping * mean(diag) * I, both triangles."""
         matrix = self.gram.triu()
         matrix += self.gram.triu(1).t()
-        matrix.diagonal().add_(damping * self.gram.diagonal().mean())
+        matrix.diagonal().add_(damping * self._mean())
         return matrix
+
+    def _mean(self) -> Tensor:
+        mean = self.gram.diagonal().mean()
+        return torch.where(mean > 0, mean, 1.0)  # nothing but zeros arrived: all columns are alike
 
     def factor(self, damping: float) -> tuple[Tensor, Tensor, float]:
         """The unit upper triangular `feedback` (in, in) and `curvature` (in,) with
@@ -110,8 +114,7 @@ class Hessian:
         Raises:
             ValueError: not factorised even with damping 1.0.
         """
-        diagonal = self.gram.diagonal()
-        mean = diagonal.mean()
+        mean = self._mean()
         while True:
             matrix = self.gram.flip(0, 1)  # upper triangle becomes lower, the one that is read
             matrix.diagonal().add_(damping * mean)

@@ -14,16 +14,17 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .atomic import check_writable, move_whole
 from .checkpoint import Checkpoint, dtype_of
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import CARD, card_of, write_card
-from .pruning import prune_model
+from .pruning import check_device, prune_model
 from .ranks import Ranks
 from .report import PruningReport
-from .serialization import FOLDER, PruningState, is_replaced, is_weight_file
+from .serialization import ADAPTER, FOLDER, PruningState, copy_entry, is_replaced, is_weight_file
 
 
 UNFINISHED = ".unfinished"
@@ -70,23 +71,30 @@ def prune_checkpoint(
     if config.method.structural or config.comparison_group == "model":
         what = f"method '{config.method.name}'" if config.method.structural else "comparison_group='model'"
         raise ValueError(f"{what} looks at all blocks at once: load the model and call model.prune(config).")
-    ranks, target = Ranks.launched(), Path(dst)
+    check_device(device)
+    ranks, target = Ranks.launched(), Path(dst).resolve()
     source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
-    if target.resolve() == source.resolve() or target.resolve().is_relative_to(source.resolve()):
+    if target.is_relative_to(source.resolve()):
         raise ValueError(f"{dst} is the source or in it, and the source is not changed: give another folder.")
+    work = target.with_name(f"{target.name}{UNFINISHED}")
     if target.exists():
+        if (work / "journal.json").exists() and not (work / "model").exists():  # killed when that had become the output
+            shutil.rmtree(work, ignore_errors=True)
         raise ValueError(f"{dst} exists already, and would appear only when it is complete: remove it or give another folder.")
+    if (source / ADAPTER).exists():
+        raise ValueError(f"{src} holds an adapter, which would be loaded over its weights: merge it into the model first.")
     check_writable(target)
     model = _skeleton(source, str(src))
     old = PruningState.load(source) if getattr(model.config, "pruning_config", None) else None
     if old and old.compact:
         raise ValueError(f"{src} is compact: make it ordinary with hf_prune.expand({str(src)!r}, ...) first.")
-    work = target.with_name(f"{target.name}{UNFINISHED}")
-    checkpoint = Checkpoint(model, source, work, torch.device(device), ranks)
+    if old:
+        old.masks.parameters_of(model)
+        old.check_files(source)
+    checkpoint = Checkpoint(model, source, work, torch.device(device), ranks, old.masks if old else Masks())
 
     def keep(masks: Masks, report: PruningReport) -> None:
-        if old and old.report:
-            report.base_model = old.report.base_model
+        report.follow(old.report if old else None)
         if not ranks.index:
             _finish(checkpoint, PruningState(masks, config.to_dict(), report), model, card_of(str(source)) if old else None)
             move_whole(work / "model", target)
@@ -130,8 +138,8 @@ def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel,
     folder, source = checkpoint.work / "model", checkpoint.source
     for entry in source.iterdir():
         if not (entry.suffix in _OTHER_WEIGHTS or is_weight_file(entry.name) or is_replaced(entry.name)):
-            if entry.is_file() and entry.name != CARD and not entry.name.startswith("."):
-                shutil.copy(entry, folder / entry.name)
+            if entry.name == CHAT_TEMPLATE_DIR or (entry.is_file() and entry.name != CARD and not entry.name.startswith(".")):
+                copy_entry(entry, folder)
     model.config.pruning_config = state.summary()
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -123,6 +123,11 @@ def test_recommendation():
     kind, why = advising._recommendation(speed(**runtime))  # it is the runtime that gains, not its zeros
     assert kind == "nothing" and "2:4, OpenVINO CPU (1.01x at 1, 1.00x at 2, 1.00x at 3)" in why
     assert "Faster without any pruning, exported: OpenVINO CPU (2.00x at 1, 1.50x at 2, 1.00x at 3)" in why
+    runtime = {"dense, OpenVINO CPU": (0.05, 0.09, 0.12), "2:4, OpenVINO CPU": (0.08, 0.09, 0.13)}
+    assert advising._recommendation(speed(**runtime))[0] == "nothing"  # slower than torch, whatever its zeros gain
+    runtime = {"dense, OpenVINO CPU": (0.5, 1.5, 1.0), "2:4, OpenVINO CPU": (1.2, 1.8, 1.2)}
+    kind, why = advising._recommendation(speed(**runtime))
+    assert kind == "2:4" and "1.20x at 2, 1.20x at 3 rows, over dense in torch and in OpenVINO CPU, whichever is faster" in why
 
 
 def test_command_line(tmp_path, capsys):

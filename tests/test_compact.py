@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import FAMILIES, make, same, snapshot
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_integrity import elsewhere, flip
 from transformers import AutoModelForCausalLM
 
 import hf_prune
-from hf_prune import Masks, PruningConfig, compact
+from hf_prune import Masks, PruningConfig, compact, conversion
 from hf_prune.cli import main
 from hf_prune.masks import _decode, _encode
 
@@ -219,6 +220,19 @@ def test_threads(saved):
     assert modeling_utils.safe_open is before
 
 
+@pytest.mark.parametrize("where", [compact, conversion])
+def test_a_full_disk(saved, tmp_path, monkeypatch, where):
+    def full(*_):
+        raise SafetensorError("No space left")
+
+    monkeypatch.setattr(where, "save_file", full)
+    with pytest.raises(OSError, match="out cannot be written: No space left"):
+        if where is compact:
+            pruned().save_pretrained(tmp_path / "out", compact=True)
+        hf_prune.expand(saved, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_end_like_our_own(tmp_path):
     (tmp_path / "pruning").mkdir()
     half = torch.randn(8, 16) * (torch.arange(16) % 4 < 2)
@@ -241,9 +255,16 @@ def test_expand_follows_no_link(saved, tmp_path):
         hf_prune.expand(folder, tmp_path / "out")
     (folder / "notes.txt").unlink()
     (folder / "logs").mkdir()
-    (folder / "logs/a.txt").write_text("kept")
+    (folder / "logs/a.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"logs/a.txt is a link"):
+        hf_prune.expand(folder, tmp_path / "out")
+    (folder / "logs/a.txt").unlink()
+    (folder / "kept").write_text("kept")
+    (folder / "logs/a.txt").symlink_to("../kept")  # as in a snapshot of the Hub
+    (folder / "kept").chmod(0o444)
     hf_prune.expand(folder, tmp_path / "out")
-    assert (tmp_path / "out/logs/a.txt").read_text() == "kept"
+    copied = tmp_path / "out/logs/a.txt"
+    assert copied.read_text() == "kept" and not copied.is_symlink() and (tmp_path / "out/kept").stat().st_mode & 0o200
 
 
 def test_codes_hold_every_mask_of_two_in_four():

@@ -5,14 +5,16 @@ Runs with Transformers' own exporters where it has them, else with Optimum's.
 
 import importlib.metadata
 import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import hf_prune
 from hf_prune.cli import main
@@ -90,6 +92,21 @@ def test_generation_is_torchs(exports, format):
     mask[0, :3] = 0  # a shorter prompt in the batch
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(exported.generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_export_is_an_error(exports, format, tmp_path):
+    shutil.copytree(exports(format)[1], tmp_path / "model")
+    for path in [path for path in (tmp_path / "model").iterdir() if path.suffix in (".onnx", ".data", ".xml", ".bin")]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="model cannot be loaded"):
+            hf_prune.load_exported(tmp_path / "model")
+        path.write_bytes(whole)
+    if NATIVE:
+        (tmp_path / "model" / "export.json").unlink()
+        with pytest.raises(ValueError, match="has no export.json"):
+            hf_prune.load_exported(tmp_path / "model")
 
 
 def test_nothing_is_written_where_it_cannot_be(tmp_path, monkeypatch):
@@ -232,8 +249,31 @@ class TestQuantised:
         pruned_weights = round(model.pruning_masks.sparsity() * model.pruning_masks.numel())
         assert hf_prune.quantise(model, torchao.Int8WeightOnlyConfig()) == pruned_weights
         assert hf_prune.check_zeros(model, pruned()) == pruned_weights
+        for config in ("int8", None):
+            with pytest.raises(TypeError, match="config must be one of torchao's"):
+                hf_prune.quantise(pruned(), config)
         four = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
         assert hf_prune.quantise(pruned("qwen2"), four) > 0
+
+    def test_torchao_at_loading(self, tmp_path):
+        torchao = pytest.importorskip("torchao.quantization")
+        config, model = torchao.Int8WeightOnlyConfig(), pruned().bfloat16()
+        count = round(model.pruning_masks.sparsity() * model.pruning_masks.numel())
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(config))
+        assert loaded.pruning_masks.digest() == model.pruning_masks.digest() and hf_prune.check_zeros(loaded) == count
+        if NATIVE:  # 4.57 writes no safetensors of it
+            loaded.save_pretrained(tmp_path / "again")
+            assert hf_prune.check_zeros(hf_prune.load(tmp_path / "again")) == count
+        hf_prune.quantise(model, config)
+        for one in (loaded, model):
+            for refused in (
+                partial(one.prune, hf_prune.PruningConfig("magnitude")), partial(hf_prune.quantise, one, config),
+                partial(hf_prune.export, one, tmp_path / "out", format="openvino"), partial(one.pruning_masks.apply, one),
+                partial(one.save_pretrained, tmp_path / "out", compact=True),
+            ):  # fmt: skip
+                with pytest.raises(ValueError, match="quanti[sz]e"):
+                    refused()
 
     def test_torchao_leaves_what_is_no_linear(self, monkeypatch):
         torchao = pytest.importorskip("torchao.quantization")

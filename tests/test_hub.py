@@ -185,6 +185,20 @@ def test_edits_on_the_hub_survive_or_nothing_is_pushed(hub, tmp_path, monkeypatc
     assert len(hub.commits("tester/repo")) == before
 
 
+def test_masks_that_the_hub_does_not_give_now(hub, tmp_path, monkeypatch):
+    pruned().push_to_hub("repo")
+    model = AutoModelForCausalLM.from_pretrained("tester/repo", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fault = lambda method, path: 503
+    for action in (lambda: model.save_pretrained(tmp_path / "out"), lambda: model.prune(PruningConfig("magnitude"))):
+        with pytest.raises(OSError, match="'tester/repo' cannot be asked for its masks.*del model.pruning_masks"):
+            action()
+    assert not (tmp_path / "out").exists()
+    hub.fault = None
+    model.save_pretrained(tmp_path / "out")
+    assert hf_prune.load(tmp_path / "out").pruning_masks.digest() == pruned().pruning_masks.digest()
+
+
 def test_a_token_is_in_no_pickle(hub):
     pruned().push_to_hub("repo")
     model = AutoModelForCausalLM.from_pretrained("tester/repo", token=TOKEN)
@@ -362,7 +376,8 @@ def test_trainer_pushes_masks_and_card(hub, tmp_path, strategy):
         report_to=[], use_cpu=True, learning_rate=1e-2, weight_decay=0.1, hub_always_push=True,
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids} for ids in ids_for(16)]
-    trainer = Trainer(model, args, train_dataset=data, callbacks=[KeepMasksCallback()])
+    trainer = Trainer(model, args, train_dataset=data)
+    trainer.add_callback(KeepMasksCallback())
     before = snapshot(model)
     trainer.train()
     assert not same(model, before)

@@ -4,7 +4,11 @@ import copy
 import errno
 import io
 import json
+import pickle
+from dataclasses import replace
 
+import datasets
+import pandas
 import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
@@ -60,12 +64,40 @@ def test_config_round_trip(tmp_path):
     assert PruningConfig.from_dict(json.loads(json.dumps(config(sparsity=0.7).to_dict()))) == config(sparsity=0.7)
 
 
-def refuses(model, message, error=ValueError, calibration="ids", **changes):
+def refuses(model, message, error=ValueError, calibration="ids", masks=None, **changes):
     before = snapshot(model)
     with pytest.raises(error, match=message):
-        model.prune(config(**changes), ids_for() if isinstance(calibration, str) else calibration)
+        model.prune(config(**changes), ids_for() if isinstance(calibration, str) else calibration, masks=masks)
     assert same(model, before)
     assert model.__dict__.get("_hf_prune_state") is None
+
+
+def test_a_config_that_is_changed(monkeypatch):
+    monkeypatch.setattr("hf_prune.config.logger.warning", pytest.fail)
+    given = config(sparsity=0.6)
+    given.sparsity = 0.75
+    assert given == config(sparsity=0.75) and given.to_dict()["sparsity"] == 0.75
+    given.pattern = "1:4"
+    assert given == config(pattern="1:4")
+    with pytest.raises(ValueError, match="0 < N < M"):
+        given.pattern = "4:2"
+    with pytest.raises(TypeError, match="sparcity"):
+        given.sparcity = 0.7
+    for method, changes in (("sparsegpt", {}), ("sparsegpt", {"comparison_group": "row"}), ("alps", {"propagate": "block"})):
+        assert replace(config(method="gblm"), method=method, **changes) == config(method=method, **changes)
+    for again in (copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        again.method = "sparsegpt"
+        assert again == config(method="sparsegpt", pattern="1:4") != given
+    assert {type(value) for value in given.to_dict().values()} == {str, float, dict, list, int}
+
+
+def test_masks_that_are_given(llama):
+    refuses(llama, "masks must map names of parameters to bool tensors, got a list", TypeError, masks=[1])
+    refuses(llama, "must be a bool tensor with True = kept, got torch.float32", TypeError, masks={"a": torch.ones(2)})
+    other = make("llama")
+    other.prune(config(pattern="2:4"), ids_for())
+    llama.prune(config(method="sparsegpt", pattern="2:4"), ids_for(), masks=dict(other.pruning_masks))
+    assert llama.pruning_masks.digest() == other.pruning_masks.digest()
 
 
 def test_shape_that_does_not_divide(llama):
@@ -205,6 +237,8 @@ def test_undo_in_memory_when_the_disk_is_small(monkeypatch):
         (torch.full((6, 24), 200), ValueError, "200.*vocabulary"),
         (torch.zeros(6, 70, dtype=torch.long), ValueError, "70 tokens"),
         (torch.rand(6, 24), ValueError, "whole numbers"),
+        (torch.rand(6, 24).numpy(), ValueError, "whole numbers"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["3"]})), ValueError, "by split: give one of train"),
         ("some words that are text", ValueError, "list of texts"),
         ("missing.jsonl", ValueError, "does not exist"),
         ("words " * 500, ValueError, "list of texts"),
@@ -332,8 +366,26 @@ class TestCalibration:
         for rows in (data.TensorDataset(ids), data.TensorDataset(ids, ids.clone())):
             found = calibration_sequences(data.DataLoader(rows, batch_size=2), n_samples=4)
             assert torch.equal(torch.stack(found), ids)
+        table = pandas.DataFrame({"input_ids": list(ids.numpy())})
+        for rows in (ids.numpy(), list(ids.numpy()), data.TensorDataset(ids), data.DataLoader(ids.numpy(), 2), table):
+            assert torch.equal(torch.stack(calibration_sequences(rows, n_samples=4)), ids)
+        for row in (ids[0], ids[0].numpy(), ids[0].tolist()):
+            assert torch.equal(*calibration_sequences(row, n_samples=1), ids[0])
         ragged = {"input_ids": [[5, 6, 7], [8, 9]], "attention_mask": [[1, 1, 1], [1, 1]]}  # tokenizer(texts)
         assert [f.tolist() for f in calibration_sequences(ragged, n_samples=2)] == [[5, 6, 7], [8, 9]]
+
+    def test_batches_and_tables_of_texts(self, tokenizer):
+        load = torch.utils.data.DataLoader
+        known = calibration_sequences(self.texts, tokenizer, n_samples=8, sequence_length=50)
+        rows = [{"id": i, "body": text} for i, text in enumerate(self.texts)]
+        chats = [[{"role": "user", "content": text}] for text in self.texts]
+        for source in (
+            load(self.texts, batch_size=4), load(rows, batch_size=4),
+            pandas.DataFrame({"text": self.texts, "other": self.texts}), pandas.DataFrame(rows), pandas.DataFrame({"messages": chats}),
+            [{"body": text, "tags": ["a"]} for text in self.texts],
+        ):  # fmt: skip
+            found = calibration_sequences(source, tokenizer, n_samples=8, sequence_length=50)
+            assert torch.equal(torch.stack(found), torch.stack(known))
 
     def test_padded_lists(self):
         padded = {

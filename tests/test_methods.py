@@ -3,8 +3,9 @@
 import pytest
 import reference
 import torch
-from conftest import MASKING
+from conftest import MASKING, ids_for, make
 
+import hf_prune
 from hf_prune import ALPS, GBLM, RIA, Magnitude, SparseGPT, Wanda
 from hf_prune.methods import REGISTRY, Taylor
 from hf_prune.methods.base import Job
@@ -51,6 +52,13 @@ def test_scores_equal_reference(method, slow, pattern):
     expected = reference.keep_highest(slow(weight, x, gradients), pattern, method.comparison_group)
     assert (result.mask != expected).float().mean() < 2e-4  # summation order decides a near tie
     assert torch.equal(result.weight, weight * result.mask)
+
+
+def test_a_share_leaves_a_multiple():
+    model = make("llama", intermediate_size=100)
+    model.prune(hf_prune.PruningConfig("taylor", pattern="ffn:0.41", n_samples=6, sequence_length=24), ids_for())
+    assert model.config.intermediate_size == 56  # 59, in eights
+    model.prune(hf_prune.PruningConfig("magnitude", pattern="2:4"))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -67,7 +67,9 @@ def test_other_inputs_are_refused(tmp_path):
     changed = model()
     with torch.no_grad():
         changed.model.norm.weight[0] += 1
+    other_epsilon = make("llama", num_hidden_layers=STOPS, rms_norm_eps=0.01)
     for other, ids, settings, word in [
+        (other_epsilon, ids_for(), config, "model's rms_norm_eps .then 1e-06, now 0.01"),
         (model(), ids_for(seed=1), config, "calibration"),
         (changed, ids_for(), config, "weights"),
         (model(), ids_for(), PruningConfig(**CONFIG, pattern="2:4"), 'pattern.*"2:4"'),

@@ -1,5 +1,8 @@
+import errno
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -9,7 +12,7 @@ from conftest import ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM
 
 import hf_prune
-from hf_prune import Masks, Perplexity, PruningConfig, perplexity
+from hf_prune import Masks, Perplexity, PruningConfig, atomic, perplexity
 from hf_prune.cli import main
 
 
@@ -82,6 +85,47 @@ def test_changed_weights_are_saved_without_masks(tmp_path):
     assert torch.equal(again.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
 
 
+def test_pruned_again_from_the_dense_weights():
+    model, dense = pruned(sparsity=0.7), make("llama").state_dict()
+    model.load_state_dict(dense)
+    assert model.prune(PruningConfig("magnitude")).sparsity == pytest.approx(0.5, abs=0.01)
+    other = make("llama")
+    other.prune(PruningConfig("magnitude"))
+    assert model.pruning_masks.digest() == other.pruning_masks.digest()
+    model.load_state_dict(dense)
+    model.prune(PruningConfig("taylor", pattern="ffn:0.25", n_samples=6, sequence_length=24), ids_for())
+    del other.pruning_masks
+    assert other.pruning_masks is None and other.pruning_report is None
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch):
+    model, told = pruned(), []
+    model.save_pretrained(tmp_path / "one")
+    monkeypatch.chdir(tmp_path)
+    moved, gone = (AutoModelForCausalLM.from_pretrained("one") for _ in range(2))
+    monkeypatch.chdir("/")
+    moved.save_pretrained(tmp_path / "two")
+    assert hf_prune.load(tmp_path / "two").pruning_masks.digest() == model.pruning_masks.digest()
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(ValueError, match="not found in '.*one', which is gone"):
+        gone.prune(PruningConfig("magnitude"))
+    monkeypatch.setattr("hf_prune.mixin.logger.warning", told.append)
+    gone.save_pretrained(tmp_path / "three")
+    assert "saving without pruning masks: this model was pruned, but" in told[0] and not (tmp_path / "three/pruning").exists()
+    assert same(hf_prune.load(tmp_path / "three"), snapshot(model))
+
+
+def test_a_state_dict_of_other_weights(tmp_path):
+    model = pruned()
+    dense = {name: value + 0.01 for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="compact.*no longer zero"):
+        model.save_pretrained(tmp_path / "dense", state_dict=dense, compact=True)
+    model.save_pretrained(tmp_path / "dense", state_dict=dense)
+    assert not (tmp_path / "dense" / "pruning").exists() and hf_prune.load(tmp_path / "dense").pruning_masks is None
+    model.save_pretrained(tmp_path / "half", state_dict={name: value.half() for name, value in model.state_dict().items()})
+    assert len(hf_prune.load(tmp_path / "half").pruning_masks) == len(model.pruning_masks)
+
+
 def test_missing_masks_are_an_error(tmp_path):
     model = pruned()
     model.save_pretrained(tmp_path)
@@ -135,6 +179,29 @@ def test_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "folder" / "pruning").exists()
 
 
+def test_a_folder_of_a_lower_overlay_layer(tmp_path, monkeypatch):
+    def moves_no_folder(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    (tmp_path / "notes").write_text("kept")
+    pruned(method="magnitude").save_pretrained(tmp_path)
+    monkeypatch.setattr(atomic, "_exchange", moves_no_folder)
+    model = pruned(method="magnitude", sparsity=0.7)
+    model.save_pretrained(tmp_path)
+    assert same(hf_prune.load(tmp_path), snapshot(model)) and (tmp_path / "notes").read_text() == "kept"
+
+
+def test_two_threads_and_one_folder(tmp_path):
+    def save(text):
+        with atomic.replaced_folder(tmp_path / "folder", lambda name: True) as fresh:
+            (fresh / "text").write_text(text)
+            if text == "first":
+                ThreadPoolExecutor(1).submit(save, "second").result()
+
+    save("first")
+    assert (tmp_path / "folder" / "text").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
 class TestPerplexity:
     def reference(self, model, ids, length):
         """The papers' code: windows without overlap, mean of the means."""
@@ -183,6 +250,7 @@ class TestPerplexity:
         for text, keywords, message in [
             ("3 4", {"sequence_length": 40}, "2 tokens"),
             ("3 4", {"sequence_length": 65}, "64 positions"),
+            ("3 4", {"sequence_length": 0}, "64 positions, got 0"),
             ("3 4", {"sequence_length": 8, "stride": 9}, "stride"),
             (torch.full((40,), 500), {"sequence_length": 40}, "vocabulary"),
             ("", {"sequence_length": 8}, "0 tokens"),
@@ -198,6 +266,8 @@ class TestPerplexity:
             assert perplexity(llama, tokenizer, given) == expected
         padded = {"input_ids": [[*row, 0] for row in ids.tolist()], "attention_mask": [[1] * 40 + [0]] * 2}
         assert perplexity(llama, None, padded, sequence_length=40) == expected
+        row = ids_for(1, 200)
+        assert perplexity(llama, tokenizer, {"input_ids": row}) == perplexity(llama, None, row[0])  # more than its 64 positions
         for given in ([[3, 4], [5]], {"ids": [3, 4]}, None):
             with pytest.raises(TypeError, match="a text, a list of texts, or ids"):
                 perplexity(llama, tokenizer, given)
@@ -268,9 +338,32 @@ class TestCommandLine:
         command = ["prune", str(folder / "dense"), str(folder / "out"), "--method", "magnitude"]
         assert main(command) == 130
         assert "interrupted; nothing was written" in capsys.readouterr().err
-        assert main([*command, "--resume-dir", str(folder / "journal")]) == 130
-        assert "goes on from its journal" in capsys.readouterr().err
+        assert main([*command, "--resume-dir", str(folder / "journal")]) == 130  # magnitude keeps none
+        assert "interrupted; nothing was written" in capsys.readouterr().err
+        (folder / "out.unfinished").mkdir()
+        (folder / "out.unfinished" / "journal.json").write_text("{}")
+        assert main(command) == 130 and "goes on from its journal" in capsys.readouterr().err
         assert not (folder / "out").exists()
+
+    @pytest.mark.parametrize("error, code, says", [(KeyboardInterrupt, 130, "interrupted; "), (Exception, 2, "prune: ")])
+    def test_without_a_tokenizer(self, folder, capsys, monkeypatch, error, code, says):
+        command = ["prune", str(folder / "dense"), str(folder / "out"), "--method", "magnitude"]
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(error))
+            assert main(command) == code
+        assert f"{says}{folder / 'out'} has the model, but not its tokenizer" in capsys.readouterr().err
+        for path in (folder / "dense").glob("tokenizer*"):
+            path.unlink()
+        assert main(command) == 0 and "no tokenizer is saved" in capsys.readouterr().err
+        assert hf_prune.load(folder / "out").pruning_masks.sparsity() == 0.5
+
+    def test_files_that_cannot_be_read(self, folder, capsys):
+        (folder / "text.txt").write_bytes(b"3 4 \xe9")
+        assert main(["perplexity", str(folder / "dense"), str(folder / "text.txt")]) == 2
+        assert "text.txt is not text in UTF-8" in capsys.readouterr().err
+        weights = folder / "dense" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+        assert main(["prune", str(folder / "dense"), str(folder / "out"), "--method", "magnitude"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore")

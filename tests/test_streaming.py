@@ -1,5 +1,6 @@
 """From disk to disk: the result is that of pruning in memory, bit for bit, or an error, and the source is as it was."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 import hf_prune
-from hf_prune import GBLM, PruningConfig, checkpoint, prune_checkpoint, streaming
+from hf_prune import GBLM, PruningConfig, checkpoint, journal, masks, prune_checkpoint, pruning, streaming
 from hf_prune.cli import main
+from hf_prune.serialization import PruningState
 
 
 SMALL = {"n_samples": 6, "sequence_length": 24}
@@ -91,8 +94,16 @@ def test_the_base_model_and_the_card_of_a_pruned_source(tmp_path):
     model.save_pretrained(tmp_path / "src")
     card = tmp_path / "src" / "README.md"
     card.write_text(card.read_text() + "\nMine.\n")
+    (tmp_path / "src" / CHAT_TEMPLATE_DIR).mkdir()
+    (tmp_path / "src" / CHAT_TEMPLATE_DIR / "rag.jinja").write_text("{{ messages }}")
+    for path in (tmp_path / "src").rglob("*.j*"):
+        path.chmod(0o444)
+    (tmp_path / "dst").symlink_to(tmp_path / "far" / "dst")
+    (tmp_path / "far" / "dst.unfinished" / "model" / CHAT_TEMPLATE_DIR).mkdir(parents=True)  # as a kill leaves it
     report = prune_checkpoint(tmp_path / "src", tmp_path / "dst", PruningConfig("magnitude", sparsity=0.6))
     text = (tmp_path / "dst" / "README.md").read_text()
+    assert (tmp_path / "far" / "dst" / CHAT_TEMPLATE_DIR / "rag.jinja").read_text() == "{{ messages }}"
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "far").rglob("*"))
     assert report.base_model == "someone/base" and "Mine." in text and "pruned to 60%" in text and "pruned to 30%" not in text
 
 
@@ -119,6 +130,36 @@ def test_other_copies_of_the_weights_are_not_fetched(hub, tmp_path):
     prune_checkpoint(repo, tmp_path / "dst", PruningConfig("magnitude"))
     there = [path.name for path in Path(hf_hub_download(repo, "config.json")).parent.rglob("*")]
     assert "config.json" in there and not set(there) & {"original", "consolidated.safetensors", "pytorch_model.bin"}
+
+
+def test_weights_are_those_that_transformers_reads(tmp_path):
+    src = saved(tmp_path / "src", seed=1)
+    single = saved(tmp_path / "single", shards="1GB", tie_word_embeddings=True) / "model.safetensors"
+    tensors = load_file(single)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1
+    save_file(tensors, src / "model.safetensors", {"format": "pt"})
+    check_equal(src, tmp_path / "dst", PruningConfig("magnitude"))
+    edit(src / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="other values for lm_head.weight than for model.embed_tokens.weight"):
+        prune_checkpoint(src, tmp_path / "tied", PruningConfig(**SMALL), ids_for())
+
+
+def test_earlier_masks_are_checked(tmp_path):
+    src, config = tmp_path / "src", PruningConfig("magnitude", sparsity=0.7, include=["*.layers.0.*"])
+    model = make("llama")
+    model.prune(PruningConfig("magnitude"))
+    model.save_pretrained(src, max_shard_size="60KB")
+    edit(src / "config.json", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="masks do not belong .* no parameter 'model.layers.1.*on_mismatch='drop'"):
+        prune_checkpoint(src, tmp_path / "dst", config)
+    edit(src / "config.json", num_hidden_layers=2)
+    lose_tensor(src, change=lambda w: w + 1)
+    with pytest.raises(ValueError, match="was changed: it is not the file that was saved"):
+        prune_checkpoint(src, tmp_path / "dst", config)
+    PruningState.load(src).save(src)  # with new digests
+    with pytest.raises(ValueError, match="1024 pruned weights of model.layers.1.mlp.up_proj.weight are not zero"):
+        prune_checkpoint(src, tmp_path / "dst", config)
+    assert not (tmp_path / "dst").exists()
 
 
 def test_one_block_at_a_time(tmp_path, monkeypatch):
@@ -170,6 +211,34 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch, method):
     assert attempt > 4
     expected = AutoModelForCausalLM.from_pretrained(src)
     expected.prune(config, ids_for())
+    assert same(hf_prune.load(tmp_path / "dst"), snapshot(expected))
+
+
+def test_what_changed_meanwhile_is_told(tmp_path, monkeypatch):
+    src, config = saved(tmp_path / "src"), PruningConfig("sparsegpt", **SMALL)
+    expected, write = AutoModelForCausalLM.from_pretrained(src), checkpoint.Checkpoint.write
+    expected.prune(config, ids_for(), tokens_per_batch=48)
+
+    def write_the_first(self, part):
+        if part != 0:
+            raise Stopped
+        write(self, part)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(pruning, "_CPU_BATCH_TOKENS", 48)  # as if there were less memory
+        patch.setattr(checkpoint.Checkpoint, "write", write_the_first)
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    with open(tmp_path / "dst.unfinished" / ".lock") as file, pytest.raises(ValueError, match="another process is writing"):
+        fcntl.flock(file, fcntl.LOCK_EX)
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="versions .*then .*now .*9.9"):
+        patch.setattr(hf_prune, "__version__", "9.9")
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    edit(src / "config.json", rms_norm_eps=0.01)
+    with pytest.raises(ValueError, match="What differs: model's rms_norm_eps .then 1e-06, now 0.01"):
+        prune_checkpoint(src, tmp_path / "dst", config, ids_for())
+    edit(src / "config.json", rms_norm_eps=1e-6)
+    prune_checkpoint(src, tmp_path / "dst", config, ids_for())
     assert same(hf_prune.load(tmp_path / "dst"), snapshot(expected))
 
 
@@ -269,6 +338,7 @@ def to_pickles(src):
         (lambda src: edit(src / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized"),
         (to_pickles, "no model.safetensors and no .*from_pretrained"),
         (lambda src: (src / "config.json").unlink(), "config.json"),
+        (lambda src: (src / "adapter_config.json").write_text("{}"), "holds an adapter"),
     ],
 )
 def test_bad_sources(tmp_path, change, words):
@@ -282,6 +352,8 @@ def test_bad_sources(tmp_path, change, words):
 def test_bad_arguments(tmp_path):
     src = saved(tmp_path / "src")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there.unfinished").mkdir()
+    (tmp_path / "there.unfinished" / "journal.json").write_text("{}")  # as a kill leaves it, once there is an output
     for dst, config, words in [
         (src, PruningConfig(**SMALL), "is the source"),
         (src / "in" / "it", PruningConfig(**SMALL), "is the source or in it"),
@@ -300,7 +372,9 @@ def test_bad_arguments(tmp_path):
         prune_checkpoint(tmp_path / "compact", tmp_path / "dst", PruningConfig("magnitude"))
     with pytest.raises(TypeError, match="PruningConfig"):
         prune_checkpoint(src, tmp_path / "dst", "wanda", ids_for())
-    assert not (tmp_path / "dst.unfinished").exists()
+    with pytest.raises(ValueError, match="device 'cuda:99' is not here .*: give 'cpu'"):
+        prune_checkpoint(src, tmp_path / "dst", PruningConfig(**SMALL), ids_for(), device="cuda:99")
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_source_changed_meanwhile(tmp_path, monkeypatch):
@@ -320,17 +394,18 @@ def test_source_changed_meanwhile(tmp_path, monkeypatch):
     assert not (tmp_path / "dst").exists()
 
 
-def test_disk_full(tmp_path, monkeypatch):
-    src, config, save = saved(tmp_path / "src"), PruningConfig(**SMALL), checkpoint.save_file
+@pytest.mark.parametrize("where, name", [(checkpoint, "model-00003"), (journal, "hidden-00001"), (masks, "layers.1.mlp")])
+def test_disk_full(tmp_path, monkeypatch, where, name):
+    src, config, save = saved(tmp_path / "src"), PruningConfig(**SMALL), where.save_file
 
-    def full(tensors, path, metadata):
-        if "00003" in path.name:
+    def full(tensors, path, *metadata):
+        if name in path.name:
             path.write_bytes(b"half")
             raise SafetensorError("I/O error: No space left on device")
-        save(tensors, path, metadata)
+        save(tensors, path, *metadata)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left.*What is finished is kept"):
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(where, "save_file", full)
         prune_checkpoint(src, tmp_path / "dst", config, ids_for())
     assert not (tmp_path / "dst").exists()
     check_equal(src, tmp_path / "dst", config)

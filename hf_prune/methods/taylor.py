@@ -16,7 +16,7 @@ class Taylor(Method):
         compensate: readers are refitted to what is left, by least squares on the calibration data.
         kinds: that may go with `parameters=`; None are all that the model can lose. On SmolLM2-135M at 0.7 FFN
             channels alone gave a perplexity of 77, all kinds 313, both compensated.
-        together: kind -> how many go at a time, so that the multiples that kernels like last; 1 if not named.
+        together: kind -> how many go at a time, so that the multiples that kernels like, and N:M, last; 1 if not named.
         per_parameter: kinds of groups compare by saliency per parameter (with `parameters=`).
     """
 

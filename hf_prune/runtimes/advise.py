@@ -373,13 +373,13 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
 
 
 def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
-    """The pattern that gains most over all row counts and loses at none, over dense in the same runtime, and why."""
+    """The pattern that gains most over all row counts and loses at none, over dense in torch and in the same runtime, and why."""
     dense = {name.partition(", ")[2]: by_rows for name, by_rows in speed.items() if name.startswith("dense")}
     gains: dict[str, list[float]] = {}
     for name, by_rows in speed.items():
         pattern, _, runtime = name.partition(", ")
         if pattern != "dense":
-            gains[name] = [gain / dense.get(runtime, {}).get(rows, 1.0) for rows, gain in by_rows.items()]
+            gains[name] = [gain / max(1.0, dense.get(runtime, {}).get(rows, 1.0)) for rows, gain in by_rows.items()]
     if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
         gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
     words = {name: _words(of) for name, of in gains.items()}
@@ -392,7 +392,9 @@ def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
     if best is None or good[best] < GAIN:
         return "nothing", f"No pattern gains {GAIN}x here.{rest}"
     pattern = {"2:4": "2:4", "50 %": "unstructured"}.get(best.split(", ")[0], "structured")
-    return pattern, f"{best}: {words[best]} rows, over dense.{rest}"
+    runtime = best.partition(", ")[2]
+    over = f" in torch and in {runtime}, whichever is faster" if runtime in dense else ""
+    return pattern, f"{best}: {words[best]} rows, over dense{over}.{rest}"
 
 
 def _mean(gains: Collection[float]) -> float:

@@ -43,7 +43,14 @@ def load_exported(folder: str | Path, *, options: dict[str, Any] | None = None) 
         ImportError: its runtime is not installed.
     """
     report = report_of(folder)
-    return in_runtime(folder, report["format"], {**report["settings"], **(options or {})})
+    if report["exporter"].startswith("transformers") and not (Path(folder) / "export.json").exists():
+        raise ValueError(f"{folder} is damaged: it has no export.json.")
+    try:
+        return in_runtime(folder, report["format"], {**report["settings"], **(options or {})})
+    except ImportError:
+        raise
+    except Exception as error:  # each runtime has its own
+        raise ValueError(f"{folder} cannot be loaded: it is damaged, or these options do not fit. {error!r}") from error
 
 
 def in_runtime(folder: str | Path, format: str, settings: dict[str, Any]) -> Any:
@@ -74,7 +81,7 @@ def report_of(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{folder} was not written by hf_prune.export: it has no {REPORT}.")
     with readable(path, "the report of an export"):
         report = json.loads(path.read_text(encoding="utf-8"))
-        report["format"], dict(report["settings"])  # noqa: B018 - without them it is none
+        SETTINGS[report["format"]], dict(report["settings"]), report["exporter"].lower  # noqa: B018 - without them it is none
     return report
 
 

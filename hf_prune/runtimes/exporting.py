@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..atomic import check_writable, replaced_folder
 from ..blocks import Decoder, as_it_was
-from ..masks import Masks
+from ..masks import Masks, is_quantised
 from ..patterns import first_line, one_of
 from ..serialization import load, settle
 from .exported import REPORT, SETTINGS, in_runtime
@@ -118,6 +118,8 @@ def export(
         if format == "onnx" and _has_bfloat16(model):
             logger.warning(f"{name} is in bfloat16, which ONNX Runtime does not run on a CPU: it is exported in float32.")
             model.float()
+    if stored := [name for name, parameter in model.named_parameters() if is_quantised(parameter)]:
+        raise ValueError(f"{stored[0]} is quantised, and cannot be exported so: export the model itself, with weights='int8'.")
     if format == "onnx" and _has_bfloat16(model):
         raise ValueError(
             "ONNX Runtime does not run bfloat16 on a CPU: export model.float() or model.half(), or take format='openvino'."

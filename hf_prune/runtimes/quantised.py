@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..masks import Masks
+from ..masks import Masks, is_quantised
 from ..serialization import PruningState, state_of
 from .exported import report_of
 from .graph import zeros_in_graphs
@@ -67,19 +67,27 @@ def quantise(model: PreTrainedModel, config: Any) -> int:
     """Quantises the linears of a pruned `model`, but for its head, in place as a torchao `config` says; if zeros would be lost, nothing.
 
     One pruned linear of every shape is tried on a copy. What torchao leaves as it is, such as fused experts, is named in a warning.
+    Transformers saves no model that was quantised so: load the pruned folder with `quantization_config=TorchAoConfig(config)` for that.
 
     Returns:
         How many pruned weights of quantised linears were read back, all exactly zero.
 
     Raises:
-        ValueError: the scheme would lose zeros, or quantises no pruned linear.
+        ValueError: the scheme would lose zeros, or quantises no pruned linear; the model is quantised already.
         ImportError: torchao is not installed.
     """
     try:
+        from torchao.core.config import AOBaseConfig
         from torchao.quantization import quantize_
     except ImportError as error:
         raise ImportError("quantise needs torchao: pip install 'hf-prune[quantise]'.") from error
+    if not isinstance(config, AOBaseConfig):
+        raise TypeError(f"config must be one of torchao's, as Int8WeightOnlyConfig(), got {config!r}.")
     masks = state_of(model, "quantise").masks
+    if done := [name for name, parameter in masks.parameters_of(model).items() if is_quantised(parameter)]:
+        raise ValueError(
+            f"{done[0]} is quantised already ({type(model.get_parameter(done[0])).__name__}): load the model anew."
+        )
     linears = {name: module for name in masks if isinstance(module := model.get_submodule(name.rpartition(".")[0]), nn.Linear)}
     shapes, changed = {masks.shape(name): name for name in linears}, False
     for name in shapes.values():

@@ -121,8 +121,12 @@ def groups_of(model: nn.Module) -> Groups:
     for index, block in enumerate(decoder.blocks):
         signature = tuple((name, p.shape) for name, p in block.module.named_parameters())
         if signature not in known:
-            with eager_experts(model):
-                known[signature] = _Structure(block, calls[index][0], states[0], model.config)
+            try:
+                with eager_experts(model):
+                    known[signature] = _Structure(block, calls[index][0], states[0], model.config.get_text_config())
+            except Exception as error:  # of code that was not written to be run with other norms, or in float64
+                reason = f"{block.name} cannot be traced ({type(error).__name__}: {error})"
+                return Groups(decoder, {}, dict.fromkeys(KINDS, reason))
         structure = known[signature]
         refused.update({kind: reason for kind, reason in structure.refused.items() if kind not in refused})
         for kind, found in structure.found.items():
@@ -281,7 +285,7 @@ class _Structure:
 
     def _heads(self, module: nn.Module, writer: str, sources: list[str], config: Any, call: Call) -> _Found:
         entry = self._inputs[writer]
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = head_size(config)
         n = entry.shape[-1] // size
         if entry.shape[-1] % size:
             raise ValueError(f"the input of {writer} is not made of heads of {size}")
@@ -329,6 +333,19 @@ class _Structure:
             {name: found[name] for name in others if name in found},
             norms,
         )
+
+
+def head_size(config: Any) -> int:
+    """Numbers of one attention head.
+
+    Raises:
+        ValueError: the config names no heads.
+    """
+    if size := getattr(config, "head_dim", None):
+        return size
+    if not (heads := getattr(config, "num_attention_heads", None)):
+        raise ValueError(f"{type(config).__name__} names no attention heads")
+    return config.hidden_size // heads
 
 
 def _residual_stream(decoder: Decoder, d: int, structures: Any, sliced: set[str]) -> Axis | str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .groups import Axis, Groups
+from .groups import Axis, Groups, head_size
 
 
 _FIELDS = {
@@ -44,7 +44,7 @@ def built_with(groups: Groups, counts: dict[str, int]) -> nn.Module:
     model = groups.decoder.model
     config = copy.deepcopy(model.config)
     for name, value in _values(groups, counts).items():
-        setattr(config, name, value)
+        setattr(config.get_text_config(), name, value)
     try:
         with torch.device("meta"), _NumbersAreReal():
             fresh = type(model)(config)
@@ -70,7 +70,7 @@ def illegal(config: Any) -> str | None:
 
 def _values(groups: Groups, counts: dict[str, int]) -> dict[str, Any]:
     """Fields of the config that have to change."""
-    config, values = groups.decoder.model.config, {}
+    config, values = groups.decoder.model.config.get_text_config(), {}
     for kind, count in counts.items():
         before = groups.of(kind)[0].count
         for name in _FIELDS[kind]:
@@ -83,7 +83,7 @@ def _values(groups: Groups, counts: dict[str, int]) -> dict[str, Any]:
         values["n_inner"] = groups.of("ffn")[0].count
     # Models read a head_dim even where their config does not name one; without it they divide.
     if not isinstance(getattr(type(config), "head_dim", None), property):
-        values["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values["head_dim"] = head_size(config)
     if "hidden" in counts and (name := _epsilon_field(groups)):
         values[name] = getattr(config, name) * groups.of("hidden")[0].count / counts["hidden"]
     return values
@@ -146,7 +146,7 @@ def remove(
             member.index = index
     _adopt(model, fresh)
     for name, value in changed.items():
-        setattr(model.config, name, value)
+        setattr(model.config.get_text_config(), name, value)
     for axis in drop:
         factor = (before[axis.kind] / axis.count) ** 0.5
         for norm in axis.norms:
@@ -211,11 +211,13 @@ def _shrink(parameter: nn.Parameter, dim: int, kept: Tensor, optimizer: torch.op
 def _check_state(optimizer: torch.optim.Optimizer | None, parameters: set[nn.Parameter]) -> None:
     for parameter in parameters if optimizer else ():
         for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+            of_its_own = type(value) is not Tensor  # such as torchao's 8-bit ones
+            if isinstance(value, Tensor) and value.numel() > 1 and (of_its_own or value.shape != parameter.shape):
                 inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
                 raise ValueError(
-                    f"{type(inner).__name__} keeps {name} {tuple(value.shape)} for a parameter {tuple(parameter.shape)}, which "
-                    "cannot be cut with it: use an optimizer whose state has the shape of the parameter, such as AdamW or SGD."
+                    f"{type(inner).__name__} keeps {name}, a {type(value).__name__} {tuple(value.shape)}, for a parameter "
+                    f"{tuple(parameter.shape)}, which cannot be cut with it: use an optimizer whose state are ordinary tensors of "
+                    "the parameter's shape, such as AdamW or SGD."
                 )
 
 
