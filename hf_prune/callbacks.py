@@ -10,63 +10,94 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from safetensors import safe_open
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from .distillation import Distillation
-from .masks import zero_pruned_
 from .model_card import CARD, card_of, write_card
-from .perp import Attached, attach, check_kinds, masked_gradients
+from .perp import Attached, attach, check_kinds, masked_gradients, take_hooks_off, zero_here_
 from .pruning import check_model
-from .serialization import FOLDER, STATE, state_of
+from .report import PruningReport
+from .serialization import FOLDER, STATE, is_weight_file, state_of
 
 
 logger = logging.get_logger(__name__)
 
 
-class KeepMasksCallback(TrainerCallback):
+class TrainingCallback(TrainerCallback):
+    """A callback with hooks on the model, which an interruption may leave there."""
+
+    def __init__(self):
+        _teach_trainer()
+        self._model: Any = None
+
+    def release(self) -> None:
+        """Takes off the hooks that an interrupted training left on the model; the next training does so by itself."""
+        if self._model is not None:
+            take_hooks_off(self._model)
+
+    def _before_load(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
+        """Is given what `model` is about to load from a checkpoint."""
+
+
+class KeepMasksCallback(TrainingCallback):
     """Keeps pruned weights at zero while a `Trainer` trains, whatever the optimizer and its momentum do.
 
-    Gradients of pruned weights are set to zero before they are clipped, and the weights again after each step; checkpoints
-    then carry their masks. With `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves
-    behind. Over a pruned model with adapters of PEFT it holds whatever else is trained, and from then on a LoRA that would fill
-    pruned weights is not merged (`peft_adapters.refuse_densifying_merge`). Under FSDP2 each process masks the rows that it holds.
+    Gradients of pruned weights are set to zero before they are clipped, and the weights again after each step, also where they
+    were frozen at first; checkpoints then carry their masks. The report says from then on that the model was trained, and forgets
+    what was measured before. With `push_to_hub=True` each push takes masks and model card along, which Trainer alone leaves
+    behind. Over a pruned model with adapters of PEFT it holds whatever else is trained, and from then on an adapter that would
+    fill pruned weights is not merged (`peft_adapters.refuse_densifying_merge`). Under FSDP2 each process masks the rows that it
+    holds.
 
     Raises:
         ValueError: training begins and the model has no masks, or is sharded other than by rows (tensor parallelism, FSDP1, ZeRO-3).
     """
 
     def __init__(self):
+        super().__init__()
         self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Any]] = []
-
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _pushes_take_masks_along()
+        self._report: PruningReport | None = None
+        self._said: dict[str, Any] = {}  # in the report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._release()  # of a training that was interrupted
+        self.release()  # of a training that was interrupted
         whole, model = model, getattr(model, "get_base_model", lambda: model)()
         if any("_fsdp_wrapped_module" in name or hasattr(p, "ds_id") for name, p in model.named_parameters()):
             raise ValueError("masks hold under DDP and FSDP2 (fsdp_config={'version': 2}), not under FSDP1 or ZeRO-3.")
         names = {name: _WITHIN_PEFT.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        masks = state_of(model, type(self).__name__).masks
-        self._held = masked_gradients(model, masks.renamed(names))
-        if whole is not model and type(whole.base_model).__name__ == "LoraModel":
+        known = state_of(model, type(self).__name__)
+        self._held, self._model, self._report = masked_gradients(model, known.masks.renamed(names)), model, known.report
+        take_hooks_off(model, *(hook for *_, hook in self._held))
+        if state is None or not state.global_step:
+            self._said = {}
+        if whole is not model and hasattr(whole.base_model, "merge_and_unload"):  # prompts are not
             from .peft_adapters import refuse_densifying_merge
 
-            refuse_densifying_merge(whole, masks)
+            refuse_densifying_merge(whole, known.masks)
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for parameter, bits, _ in self._held:
-            zero_pruned_(parameter, bits)
+            if parameter.requires_grad or parameter.grad is not None:
+                zero_here_(parameter, bits)
+        if self._report:
+            self._report.evaluations, self._report.timings = [], []  # of the weights that were
+            if not self._said:
+                self._said = self._says()
+                self._report.trained.append(self._said)
+            self._said["steps"] = state.global_step + 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
-        for *_, hook in self._held:
-            hook.remove()
+    def release(self) -> None:
+        super().release()
         self._held = []
+
+    def _says(self) -> dict[str, Any]:
+        return {"callback": type(self).__name__}
 
 
 class PERPCallback(KeepMasksCallback):
@@ -76,8 +107,8 @@ class PERPCallback(KeepMasksCallback):
         train, rank, alpha, seed: see `hf_prune.perp.attach`.
         distillation: adds the divergence from the dense model to the loss.
 
-    Checkpoints hold the effective weights, which load as an ordinary model, and the adapters, from which
-    `resume_from_checkpoint` goes on. A gradient that is not finite stops the training with the last good state.
+    Checkpoints hold the effective weights, which load as an ordinary model (with "lora" the pruned ones), and the adapters, from
+    which `resume_from_checkpoint` goes on. A gradient that is not finite stops the training with the last good state.
 
     Raises:
         ValueError: the model has no masks, the callback came too late for the optimizer, `train` finds nothing to train, or
@@ -97,11 +128,10 @@ class PERPCallback(KeepMasksCallback):
         self._how = {"train": train, "rank": rank, "alpha": alpha, "seed": seed}
         self._distillation = distillation
         self._attached: Attached | None = None
+        self._ended = False
         self._listening: Any = None
-        self._opened: Any = None  # makes embeddings ask for gradients
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        super().on_init_end(args, state, control)
         config = getattr(args, "fsdp_config", None) or {}
         if getattr(args, "deepspeed", None) or (args.fsdp and int(config.get("version", 2)) != 2):
             raise ValueError("PERPCallback trains under DDP and FSDP2 (fsdp_config={'version': 2}), not FSDP1 or DeepSpeed.")
@@ -119,7 +149,8 @@ class PERPCallback(KeepMasksCallback):
         self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
         if args.gradient_checkpointing:
             # Of frozen embeddings the checkpointed blocks would have no gradient. Transformers' own hook may be lost, not removed.
-            self._opened = model.get_input_embeddings().register_forward_hook(lambda module, x, y: y.requires_grad_(True))
+            embeddings = model.get_input_embeddings()
+            self._attached.hooks.append(embeddings.register_forward_hook(lambda module, x, y: y.requires_grad_(True)))
         if state.is_world_process_zero:
             found = self._attached.trainable
             print(f"PERP trains {sum(p.numel() for p in found.values()):,} numbers, {self._attached.share:.3%} of the model's.")
@@ -129,6 +160,8 @@ class PERPCallback(KeepMasksCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        if self._ended:
+            raise ValueError("the training of this PERPCallback has ended: give a new one to a new Trainer.")
         if self._attached is None or self._attached.model is not model:
             raise ValueError("PERPCallback came too late: give it to Trainer(model, callbacks=[...]), without model_init.")
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -138,6 +171,7 @@ class PERPCallback(KeepMasksCallback):
         if self._distillation:
             self._distillation.used = False
             self._listening = model.register_forward_hook(self._distillation, with_kwargs=True)
+            self._attached.hooks.append(self._listening)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # there the scaler looks for overflows and skips the step
@@ -161,46 +195,53 @@ class PERPCallback(KeepMasksCallback):
                 "and compute_loss_func."
             )
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        getattr(optimizer, "eval", lambda: None)()  # a schedule-free one holds other weights while it trains
         self.merge()
 
     def merge(self) -> None:
-        """Ends an interrupted training with what was learned so far: an ordinary pruned model."""
+        """Ends an interrupted training with what was learned so far: an ordinary pruned model. An interrupted merge goes on."""
         self._end(Attached.merge)
 
     def detach(self) -> None:
         """Gives the model back without the adapters."""
         self._end(Attached.detach)
 
-    def _release(self) -> None:
-        super()._release()
+    def release(self) -> None:
+        super().release()
         if self._listening:
             self._listening.remove()
         self._listening = None
 
+    def _says(self) -> dict[str, Any]:
+        said = {**super()._says(), **self._how}
+        if (d := self._distillation) is not None:
+            said["distillation"] = {"weight": d.weight, "temperature": d.temperature, "top_k": d.top_k}
+        return said
+
     def _end(self, how: Callable[[Attached], None]) -> None:
-        self._release()
-        if self._opened is not None:
-            self._opened.remove()
+        self.release()
         if self._attached:
             how(self._attached)
-        self._attached = self._opened = None
+        self._attached, self._ended = None, True
 
 
 _WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters
 
 
-def _pushes_take_masks_along() -> None:
+def _teach_trainer() -> None:
     """Trainer copies known names from a checkpoint before it pushes, and writes a card of its own at the end: here our folder
-    is copied too, and our section is added to that card. Models without masks see no difference."""
+    is copied too, and our section is added to that card. It loads a checkpoint by the names that are in its files: here what those
+    do not name is loaded too. Models without our callbacks see no difference."""
     from transformers import Trainer
     from transformers.trainer_utils import HubStrategy
 
-    push, write = Trainer._push_from_checkpoint, Trainer.create_model_card
-    if hasattr(write, "hf_prune"):
+    push_checkpoint, push = Trainer._push_from_checkpoint, Trainer.push_to_hub
+    load, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
+    if hasattr(push, "hf_prune"):
         return
 
-    @functools.wraps(push)
+    @functools.wraps(push_checkpoint)
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         output, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push
@@ -212,7 +253,38 @@ def _pushes_take_masks_along() -> None:
             _write_card(self.model, checkpoint, old=card_of(str(output)), base=None)
             if (checkpoint / CARD).exists():
                 shutil.copy2(checkpoint / CARD, output / CARD)
-        push(self, checkpoint_folder)
+        push_checkpoint(self, checkpoint_folder)
+
+    @functools.wraps(push)
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        _keep_section(type(self))  # TRL's trainers write another card
+        return push(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        hooks = [self.model.register_load_state_dict_pre_hook(callback._before_load) for callback in _ours(self)]
+        try:
+            load(self, resume_from_checkpoint, model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        _load_rest(self, resume_from_checkpoint)
+
+    @functools.wraps(load_best)
+    def _load_best_model(self) -> None:
+        load_best(self)
+        _load_rest(self, self.state.best_model_checkpoint)
+
+    push_to_hub.hf_prune = True
+    Trainer._push_from_checkpoint, Trainer.push_to_hub = _push_from_checkpoint, push_to_hub
+    Trainer._load_from_checkpoint, Trainer._load_best_model = _load_from_checkpoint, _load_best_model
+    _keep_section(Trainer)
+
+
+def _keep_section(trainer: type) -> None:
+    write = trainer.create_model_card
+    if hasattr(write, "hf_prune"):
+        return
 
     @functools.wraps(write)
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -223,7 +295,39 @@ def _pushes_take_masks_along() -> None:
             _write_card(self.model, folder, old=card_of(str(folder)), base=before)
 
     create_model_card.hf_prune = True
-    Trainer._push_from_checkpoint, Trainer.create_model_card = _push_from_checkpoint, create_model_card
+    trainer.create_model_card = create_model_card
+
+
+def _ours(trainer: Any) -> list[TrainingCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TrainingCallback)]
+
+
+@torch.no_grad()
+def _load_rest(trainer: Any, folder: str) -> None:
+    """What the files of a checkpoint call otherwise: experts, which Transformers fuses while it reads a model.
+
+    Raises:
+        ValueError: the checkpoint does not have it.
+    """
+    model, stored = trainer.model, set()
+    if not _ours(trainer) or not isinstance(model, PreTrainedModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    for path in filter(lambda path: is_weight_file(path.name), Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            stored.update(file.keys())
+    names: dict[torch.nn.Parameter, list[str]] = {}  # of tied ones several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    missing = {known[0]: parameter for parameter, known in names.items() if stored and not stored.intersection(known)}
+    if not missing:
+        return
+    dtype = next(iter(missing.values())).dtype
+    whole, found = type(model).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    values = {name: value for name, value in whole.named_parameters() if name not in found["missing_keys"]}
+    if lost := [name for name in missing if name not in values]:
+        raise ValueError(f"the checkpoint {folder} has no {lost[0]}, and {len(lost) - 1} more: begin with another checkpoint.")
+    for name, parameter in missing.items():
+        parameter.copy_(values[name])
 
 
 def _write_card(model: Any, folder: Path, old: str | None, base: str | None) -> None:

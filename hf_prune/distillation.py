@@ -83,6 +83,8 @@ class Distillation:
 
     @torch.no_grad()
     def _logits(self, inputs: dict[str, Tensor], shape: torch.Size) -> Tensor:
+        if (rows := self.teacher.get_input_embeddings().weight.shape[0]) < shape[-1]:
+            raise ValueError(f"the teacher knows {rows} tokens and the student {shape[-1]}: they must have one vocabulary.")
         device = input_device(self.teacher)
         teacher = self.teacher(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
         if teacher.shape != shape:

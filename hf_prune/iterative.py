@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .blocks import Decoder, Linear
 from .config import PruningConfig
 from .patterns import NM, Pattern, Unstructured, check_count, one_of
+from .perp import release
 from .pruning import check_model
 from .report import PruningReport
 from .serialization import settle
@@ -34,7 +35,7 @@ def prune_iteratively(
     """Prunes `model` in place to the pattern of `config` in `rounds` steps, and calls `train` after each.
 
     Weights that are pruned stay so. A model that is pruned already goes on at the first round that asks for more: after an
-    interruption the same call does the rest, and calls `train` again if that had not ended.
+    interruption the same call does the rest, and calls `train` again if that had not ended, without the adapters that it left.
 
     Args:
         config: of the last round; `method="magnitude"` is what the papers do.
@@ -56,6 +57,8 @@ def prune_iteratively(
         raise TypeError(f"train must be a function of the model and the report of its pruning, got {train!r}.")
     if config.method.structural:
         raise ValueError(f"'{config.pattern}' leaves no masks to go on from: EfficientLLMCallback takes groups out in steps.")
+    if isinstance(model, PreTrainedModel):
+        release(model)
     check_model(model)
     settle(model)
     reports = []

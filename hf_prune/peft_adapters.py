@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -219,42 +220,52 @@ def load_masked_adapter(
     return model
 
 
-class _RefusingLoraModel(lora.LoraModel):
-    """See `refuse_densifying_merge`; a class of its own, so that copies of the model refuse too."""
+class _Refusing:
+    """See `refuse_densifying_merge`; put before the class of a tuner, so that copies of the model refuse too."""
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_dense()
-        super().merge_adapter(adapter_names, safe_merge)
+        super().merge_adapter(*args, **kwargs)
 
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._refuse_dense()
-        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return super().merge_and_unload(*args, **kwargs)
 
     def _refuse_dense(self) -> None:
         for path, module in self.model.named_modules():
             name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            dense = isinstance(module, lora.LoraLayer) and not isinstance(module, MaskLoraLinear)
+            dense = isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLoraLinear)
             if dense and name in self.pruned_names:
                 raise ValueError(
-                    f"merging would fill the pruned weights of {name} with BA of a LoRA. Keep it apart, take it off with "
-                    "unload(), or train what keeps zeros when merged: hf_prune.peft_adapters.MaskLoraConfig, PEFT's HiraConfig "
-                    "or IA3Config, or ShiraConfig with a mask_fn that chooses among the kept weights."
+                    f"merging would fill the pruned weights of {name} with those of a {type(module).__name__}. Keep it apart, take it "
+                    "off with unload(), or train what keeps zeros when merged: hf_prune.peft_adapters.MaskLoraConfig, PEFT's "
+                    "HiraConfig or IA3Config, or ShiraConfig with a mask_fn that chooses among the kept weights."
                 )
 
 
+class _RefusingLoraModel(_Refusing, lora.LoraModel):
+    """The one of them that can be pickled."""
+
+
+_KEEP_ZEROS = ("HiraModel", "IA3Model", "ShiraModel")
+
+
 def refuse_densifying_merge(peft_model: PeftModel, masks: Masks) -> None:
-    """From now on `merge_adapter` and `merge_and_unload` raise ValueError, before any weight changes, while an ordinary LoRA lies
-    over a weight that `masks` prunes. `unload()` goes on working.
+    """From now on `merge_adapter` and `merge_and_unload` raise ValueError, before any weight changes, while an adapter that fills
+    zeros, such as an ordinary LoRA, lies over a weight that `masks` prunes. `unload()` goes on working.
 
     Raises:
-        TypeError: not a PeftModel with LoRA.
+        TypeError: not a PeftModel with adapters that can be merged.
     """
     tuner = peft_model.base_model if isinstance(peft_model, PeftModel) else peft_model
-    if type(tuner) not in (lora.LoraModel, _RefusingLoraModel):
-        raise TypeError(f"refuse_densifying_merge takes a PeftModel with LoRA, got {type(tuner).__name__}.")
-    tuner.__class__, tuner.pruned_names = _RefusingLoraModel, frozenset(masks)
+    if not isinstance(tuner, BaseTuner):
+        raise TypeError(f"refuse_densifying_merge takes a PeftModel with LoRA or the like, got {type(tuner).__name__}.")
+    kind = type(tuner)
+    if kind.__name__ not in _KEEP_ZEROS and not isinstance(tuner, _Refusing):
+        tuner.__class__ = (
+            _RefusingLoraModel if kind is lora.LoraModel else type(f"Refusing{kind.__name__}", (_Refusing, kind), {})
+        )
+    tuner.pruned_names = frozenset(masks)
 
 
 def _base_and_masks(model: PreTrainedModel | PeftModel) -> tuple[nn.Module, Masks]:

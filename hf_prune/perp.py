@@ -82,7 +82,9 @@ class _EffectiveProduct(torch.autograd.Function):
             ctx.made = ctx.dtype if module.weight.dtype == torch.float32 else torch.float32
             weight = module.perp.weight(module.weight, a, b, module.perp_bits, ctx.made).to(ctx.dtype)
             bias = None if bias is None else bias.to(ctx.dtype)
-            return F.linear(x, weight.t() if module.perp.transposed else weight, bias)
+            y = F.linear(x, weight.t() if module.perp.transposed else weight, bias)
+            # With a bias it is a view, to which nobody may add in place, as Falcon does.
+            return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -171,18 +173,21 @@ class Attached:
     Attributes:
         trainable: name -> parameter that requires a gradient.
         left_out: names of pruned weights that no adapter can be put on (fused experts): they stay as they are.
+        hooks: more that end with it.
     """
 
     def __init__(self, model: nn.Module, masks: Masks):
         self.model, self.masks = model, masks
         self.adapted: dict[str, Adapted] = {}
         self.left_out: list[str] = []
+        self.hooks: list[Any] = []
         self._before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
         self._numel = sum(p.numel() for p in model.parameters())
         self._biases: list[nn.Module] = []
         self._embedding: nn.Module | None = None
         self._flags: dict[str, Any] = {}
         self._factors: dict[str, tuple[Tensor, Tensor, Adapter]] = {}  # of "lora", that PEFT has not taken over yet
+        self._made: tuple[str | None, Tensor | None] = (None, None)  # the effective weight that is being written
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -197,14 +202,19 @@ class Attached:
     def merge(self) -> None:
         """Writes the effective weights in place and makes every linear what it was; "lora" adapters become those of PEFT.
 
+        After an interruption it goes on with the linears that are left.
+
         Raises:
             RuntimeError: a pruned weight is not zero.
         """
-        dense = {name: m for name, m in self.adapted.items() if m.perp.kind == "lora"}
-        self._factors.update({name: (m.perp_A.detach(), m.perp_B.detach(), m.perp) for name, m in dense.items()})
-        for name, module in self.adapted.items():
-            if name not in dense:
-                module.weight.copy_(module.effective_weight())
+        _release_from_fsdp(self.model)
+        for name, module in list(self.adapted.items()):
+            if name not in (*self._factors, self._made[0]):
+                if module.perp.kind == "lora":
+                    self._factors[name] = module.perp_A.detach(), module.perp_B.detach(), module.perp
+                else:
+                    self._made = name, module.effective_weight()
+            self._take_off(name, module)
         self._end()
         if wrong := self.masks.violations(self.model):
             raise RuntimeError(f"{len(wrong)} pruned parameters are not zero after merging, such as {next(iter(wrong))}.")
@@ -222,18 +232,30 @@ class Attached:
             setattr(self.model.config, name, value)
         self._end()
 
+    def _take_off(self, name: str, module: nn.Module) -> None:
+        """Every step may be made twice: what interrupts one lets the next call begin with it."""
+        if name == self._made[0]:
+            module.weight.copy_(self._made[1])
+        if isinstance(module, tuple(_CLASSES.values())):
+            _swap(module, _plain(type(module), module.__dict__["perp_was"]))
+        for own in _OWN:
+            if hasattr(module, own):
+                delattr(module, own)
+        for handle in module.__dict__.get("perp_hooks", ()):
+            handle.remove()
+        for own in [own for own in module.__dict__ if own.startswith("perp")]:
+            del module.__dict__[own]
+        self.adapted.pop(name, None)
+
     def _end(self) -> None:
         _release_from_fsdp(self.model)
-        for module in [*self.adapted.values(), *filter(None, [self._embedding])]:
-            _swap(module, _plain(type(module), module.__dict__.pop("perp_was")))
-            for name in _OWN:
-                if hasattr(module, name):
-                    delattr(module, name)
-            for name in ("perp", "perp_head", "perp_shown"):
-                module.__dict__.pop(name, None)
-            for handle in module.__dict__.pop("perp_hooks", ()):
-                handle.remove()
-        self.adapted, self._embedding = {}, None
+        for name, module in list(self.adapted.items()):
+            self._take_off(name, module)
+        if self._embedding is not None:
+            self._take_off("", self._embedding)
+        self._embedding, self._made = None, (None, None)
+        for hook in self.hooks:
+            hook.remove()
         for name, parameter in self.model.named_parameters():
             required, dtype = self._before.get(name, (parameter.requires_grad, parameter.dtype))
             parameter.requires_grad_(required)
@@ -243,6 +265,7 @@ class Attached:
         for module in self._biases:
             module.bias.data = module.bias.data.to(module.weight.dtype)
         self._biases = []
+        self.model.__dict__.pop(ATTACHED, None)
 
 
 def attach(
@@ -267,15 +290,18 @@ def attach(
         upcast: parameters that are trained in place become float32, as mixed precision needs, until `merge`.
 
     Raises:
-        ValueError: unknown names, two kinds of adapters, or a name for which this model has nothing to train. The model is as
-            it was.
+        ValueError: unknown names, two kinds of adapters, a name for which this model has nothing to train, or a head that is
+            pruned. The model is as it was.
     """
     train = check_kinds(train, rank)
     adapters = [kind for kind in train if kind in ADAPTERS]
-    if any("perp" in module.__dict__ for module in model.modules()):
-        raise ValueError("the model has adapters of an unfinished training: call merge() or detach() of its callback first.")
+    if ATTACHED in model.__dict__ or any("perp" in module.__dict__ for module in model.modules()):
+        raise ValueError(
+            "the model has adapters of an unfinished training: call merge() or detach() of its callback first, or "
+            "hf_prune.perp.release(model)."
+        )
     owners = masks.parameters_of(model)
-    result = Attached(model, masks)
+    result = model.__dict__[ATTACHED] = Attached(model, masks)
     generator = torch.Generator().manual_seed(seed)
     try:
         for parameter in model.parameters():
@@ -298,20 +324,48 @@ def attach(
 
 
 def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor, Any]]:
-    """From now on pruned weights get no gradient, before anything clips or uses it: each parameter that is trained, its packed
-    bits, and the handle that ends it. Of parameters that FSDP2 has sharded, the rows in this process."""
+    """From now on pruned weights get no gradient, before anything clips or uses it: each parameter, its packed bits, and the handle
+    that ends it. Of parameters that FSDP2 has sharded, the bits of the rows in this process. Frozen ones may be trained later."""
     held = []
     for name, parameter in masks.parameters_of(model).items():
-        if parameter.requires_grad:
+        if parameter.is_floating_point():
+            trained = parameter.requires_grad
             mine, bits = in_this_process(parameter, masks.packed(name))
-            bits = bits.to(mine.device)
-            held.append((mine, bits, parameter.register_post_accumulate_grad_hook(partial(_fill_gradient, bits))))
+            bits = bits.to(mine.device) if trained else bits
+            hook = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_fill_gradient, bits))
+            parameter.requires_grad_(trained)
+            held.append((parameter, bits, hook))
     return held
 
 
 def _fill_gradient(bits: Tensor, parameter: nn.Parameter) -> None:
-    gradient = parameter.grad
-    zero_pruned_(gradient.to_local() if hasattr(gradient, "placements") else gradient, bits)
+    if parameter.grad is not None:  # an optimizer may have stepped within the backward pass
+        zero_here_(parameter.grad, bits)
+
+
+def zero_here_(tensor: Tensor, bits: Tensor) -> None:
+    """`zero_pruned_` of what this process holds of `tensor`."""
+    here = tensor.to_local() if hasattr(tensor, "placements") else tensor
+    zero_pruned_(here, bits.to(here.device))
+
+
+HOOKS, ATTACHED = "_hf_prune_hooks", "_hf_prune_attached"  # attributes of a model: of the training that goes on
+
+
+def take_hooks_off(model: nn.Module, *new: Any) -> None:
+    """Removes the hooks that an earlier training left on `model`; those that are `new` will be the next."""
+    for hook in model.__dict__.pop(HOOKS, ()):
+        hook.remove()
+    if new:
+        model.__dict__[HOOKS] = new
+
+
+def release(model: nn.Module, merge: bool = False) -> None:
+    """Takes off what an interrupted training left on `model`, whose callback may be gone: hooks, and adapters, which are lost or
+    `merge`d."""
+    take_hooks_off(model)
+    if attached := model.__dict__.get(ATTACHED):
+        attached.merge() if merge else attached.detach()
 
 
 _WAYS_OUT = {
@@ -362,6 +416,8 @@ def _adapt(result: Attached, owners: dict[str, nn.Parameter], adapter: Adapter, 
 def _adapt_head(result: Attached, rank: int, alpha: float, generator) -> list[nn.Parameter]:
     model = result.model
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is not None and any(p is head.weight for p in result.masks.parameters_of(model).values()):
+        raise ValueError("train='head': the head is pruned, and a dense LoRA would fill it. Leave 'head' out.")
     if type(head) is not nn.Linear:
         return []
     embedding = model.get_input_embeddings()
@@ -397,14 +453,18 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
 
 @torch.no_grad()
 def _class_of(module: nn.Module) -> type | None:
-    """The class of `_CLASSES` whose product `module` makes, also if it is of one derived from `nn.Linear`, as Falcon's are; or None."""
-    if type(module) in _CLASSES:
+    """`nn.Linear` or `Conv1D`, whose product `module` makes, also if it is of one derived from `nn.Linear`, as Falcon's are; or None."""
+    if type(module) in (nn.Linear, Conv1D):
         return type(module)
     if not isinstance(module, nn.Linear) or module.weight.is_meta:
         return None
     x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
     expected = F.linear(x, module.weight, module.bias).float()
-    return nn.Linear if (module(x).float() - expected).abs().max() <= 1e-2 * expected.abs().max() else None
+    try:
+        same = (module(x).float() - expected).abs().max() <= 1e-2 * expected.abs().max()
+    except RuntimeError:  # it takes no such input
+        return None
+    return nn.Linear if same else None
 
 
 def _release_from_fsdp(model: nn.Module) -> None:

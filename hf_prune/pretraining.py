@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .callbacks import TrainingCallback
 from .patterns import check_count
+from .perp import take_hooks_off
 from .pruning import check_model
 from .ranks import Ranks
 from .serialization import STATE
@@ -26,12 +27,13 @@ logger = logging.get_logger(__name__)
 _GRAMS = "efficientllm_gram"
 
 
-class EfficientLLMCallback(TrainerCallback, ExportableState):
+class EfficientLLMCallback(TrainingCallback, ExportableState):
     """Shrinks the model of a `Trainer` while it trains, until it has its target size (EfficientLLM, arXiv 2502.06663).
 
     What vanishes is gone for good: parameters, gradients and the optimizer's moments are cut in place, steps get faster and
     memory falls. The result is an ordinary, smaller model. Checkpoints on the way have the shapes of their moment, and
-    `resume_from_checkpoint` goes on from them.
+    `resume_from_checkpoint` goes on from them. A share is of what the model has when its training begins: training once more takes
+    it again.
 
     Args:
         parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
@@ -49,7 +51,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             in a 7B model 15 GB for FFN channels. Without it SmolLM2-135M ended at a perplexity of 49.8, with it at 45.6.
 
     Raises:
-        ValueError: the model cannot lose what is asked for, has masks or adapters, or its parameters are sharded.
+        ValueError: the model cannot lose what is asked for, has masks or adapters, or its parameters are sharded or frozen.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             raise ValueError(f"warm_up and recovery are shares of the steps, together below 1: got {warm_up} and {recovery}.")
         check_count("every", every)
         self._arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
         self._plan = Plan(parameters, counts, kinds, together, per_parameter)
         self._warm_up, self._recovery, self._every, self._compensates = warm_up, recovery, every, compensate
         self._order, self._decay = order, decay
         Saliency(None, order, decay)  # says what is wrong with them
-        self._groups = self._saliency = self._compensation = self._handle = None
+        self._groups = self._saliency = self._compensation = None
         self._total = 0
         self._began: dict[str, int] = {}
         self.removed: list[tuple[int, str, int]] = []  # (step, kind, groups a block)
@@ -100,13 +103,18 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         if args.fp16 and not args.max_grad_norm:
             raise ValueError("fp16 scales gradients, and only clipping unscales them: set max_grad_norm above 0, or use bf16.")
         self._find(model)
-        self._handle = model.register_load_state_dict_pre_hook(self._take_shape)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         if self._groups is None or self._groups.decoder.model is not model:
             self._find(model, begun=bool(state.global_step))
+        for axis in (axis for axes in self._groups.axes.values() for axis in axes):
+            if axis.kind in self._plan.kinds_of(self._groups) and not any(m.parameter.requires_grad for m in axis.members):
+                raise ValueError(
+                    f"{axis.members[0].name} and all that goes with it is frozen, so that no gradient says which {axis.kind} are "
+                    "worth least: let it be trained, or take other kinds=."
+                )
         self._saliency = Saliency(self._groups, self._order, self._decay)
         known = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}) if state.global_step else {}
         # After an interruption the same training begins with a model that is smaller than it was.
@@ -125,6 +133,8 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             grams = optimizer.param_groups[0].setdefault(_GRAMS, {})  # checkpoints hold what the optimizer holds
             kinds = self._plan.kinds_of(self._groups)
             self._compensation = Compensation(self._groups, kinds, grams=grams, ranks=Ranks.launched())
+            self._model = model
+            take_hooks_off(model, *self._compensation.handles)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self._span(state.max_steps)[1]:
@@ -156,7 +166,7 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
         more: dict[str, Any] = {"block_parameters": block_parameters(self._groups)}
         for kind, axes in self._groups.axes.items():
             more[f"groups/{kind}"] = axes[0].count
-            if self._saliency.values:
+            if all(axis in self._saliency.values for axis in axes):
                 worth = sum(float(self._saliency.of(axis).min()) for axis in axes)
                 more[f"saliency/{kind}"] = worth / sum(axis.numel for axis in axes)
         logs.update(more)
@@ -166,8 +176,6 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if self._handle:
-            self._handle.remove()
         self._close_compensation(optimizer)
         left = block_parameters(self._groups)
         if reason := illegal(model.config):
@@ -185,15 +193,15 @@ class EfficientLLMCallback(TrainerCallback, ExportableState):
             self._plan.check(self._groups)
 
     def _close_compensation(self, optimizer: Any = None) -> None:
-        if self._compensation:
-            self._compensation.close()
+        self.release()
         if optimizer:
             optimizer.param_groups[0].pop(_GRAMS, None)
         self._compensation = None
 
-    def _take_shape(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
-        if self._groups.decoder.model is model:
-            shape_to(self._groups, state)
+    def _before_load(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
+        if self._groups is None or self._groups.decoder.model is not model:  # of model_init
+            self._find(model)
+        shape_to(self._groups, state)
 
     def _span(self, steps: int) -> tuple[int, int]:
         """The step after which removal begins, and that of the last removal."""

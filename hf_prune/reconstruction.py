@@ -117,6 +117,9 @@ def reconstruct_block(
     Returns:
         Relative squared error of the block on the held-out batches before and after; equal if it did not fall, and then
         nothing has changed.
+
+    Raises:
+        ValueError: that error is not finite at first.
     """
     _, held = how.split(len(inputs))
     block = parts[0].block
@@ -125,6 +128,10 @@ def reconstruct_block(
         parts, targets = [whole], targets[-1:]
     before = [(p, p.detach().clone()) for p in block.module.parameters()]
     first = _error(whole, calls, inputs, targets[-1], held)
+    if not math.isfinite(first):
+        raise ValueError(
+            f"the output of {block.name} on held-out text is not finite, here or in the dense model: load both in bfloat16 or float32."
+        )
     for part, wanted in zip(parts, targets):
         _train(part, masks, calls, states, wanted, how)
         if part is not parts[-1]:

@@ -43,7 +43,7 @@ LEVELS = [
         "cli",
     },
 ]
-WITHIN_LEVEL = {("callbacks", "model_card"), ("callbacks", "peft_adapters"), ("callbacks", "serialization"), ("checkpoint", "journal"), ("checkpoint", "report"), ("checkpoint", "weights"), ("cli", "conversion"), ("cli", "runtimes"), ("cli", "serialization"), ("cli", "streaming"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("evaluation", "calibration"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("iterative", "serialization"), ("journal", "report"), ("masks", "atomic"), ("mixin", "compact"), ("mixin", "model_card"), ("mixin", "serialization"), ("model_card", "serialization"), ("peft_adapters", "serialization"), ("pretraining", "serialization"), ("pruning", "config"), ("report", "evaluation"), ("runtimes", "serialization"), ("self_calibration", "calibration"), ("self_calibration", "checkpoint"), ("sequential", "gradients"), ("sequential", "journal"), ("sequential", "reconstruction"), ("sequential", "report"), ("serialization", "compact"), ("shrinking", "config"), ("shrinking", "pruning"), ("streaming", "model_card"), ("streaming", "serialization"), ("sweep", "serialization"), ("weights", "journal")}  # fmt: skip
+WITHIN_LEVEL = {("callbacks", "model_card"), ("callbacks", "peft_adapters"), ("callbacks", "serialization"), ("checkpoint", "journal"), ("checkpoint", "report"), ("checkpoint", "weights"), ("cli", "conversion"), ("cli", "runtimes"), ("cli", "serialization"), ("cli", "streaming"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("evaluation", "calibration"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("iterative", "serialization"), ("journal", "report"), ("masks", "atomic"), ("mixin", "compact"), ("mixin", "model_card"), ("mixin", "serialization"), ("model_card", "serialization"), ("peft_adapters", "serialization"), ("pretraining", "callbacks"), ("pretraining", "serialization"), ("pruning", "config"), ("report", "evaluation"), ("runtimes", "serialization"), ("self_calibration", "calibration"), ("self_calibration", "checkpoint"), ("sequential", "gradients"), ("sequential", "journal"), ("sequential", "reconstruction"), ("sequential", "report"), ("serialization", "compact"), ("shrinking", "config"), ("shrinking", "pruning"), ("streaming", "model_card"), ("streaming", "serialization"), ("sweep", "serialization"), ("weights", "journal")}  # fmt: skip
 
 
 def level(name):
@@ -93,5 +93,7 @@ def test_readme_tells_what_is_there():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_prune":
                 assert hasattr(hf_prune, node.attr), node.attr
+    for name in re.findall(r"\bhf_prune\.(\w+)", readme):
+        assert hasattr(hf_prune, name), name
     for name in hf_prune.__all__:
         assert hasattr(hf_prune, name)

@@ -224,6 +224,8 @@ def test_errors(tmp_path):
         Distillation(None)
     with pytest.raises(ValueError, match="do not match the student's"):
         run(Distillation(make("llama", vocab_size=130), cache=tmp_path), model)
+    with pytest.raises(ValueError, match="the teacher knows 100 tokens and the student 128"):
+        run(Distillation(make("llama", vocab_size=100)), model)
     with pytest.raises(ValueError, match="a cache needs input_ids"):
         run(Distillation(dense, cache=tmp_path), model, attention_mask=torch.ones(4, 1, 12, 12, dtype=torch.bool))
     assert not list(tmp_path.rglob("*.safetensors"))

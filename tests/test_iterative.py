@@ -44,19 +44,24 @@ def test_with_a_trainer_and_after_an_interruption(tmp_path):
     model, calls = make("llama"), []
     config = PruningConfig(pattern="2:4", overrides={"*.mlp.*": "4:8"}, n_samples=6, sequence_length=24)
 
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
     def train(model, report):
         calls.append(report.config["overrides"])
+        callback = PERPCallback("mask_lora")
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            callback.on_step_end = interrupted
         args = TrainingArguments(tmp_path, max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no")
         data = [{"input_ids": ids, "labels": ids} for ids in ids_for(8)]
-        Trainer(model, args, train_dataset=data, callbacks=[PERPCallback("full")]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
 
     with pytest.raises(KeyboardInterrupt):
         hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
     reports = hf_prune.prune_iteratively(model, config, train, rounds=4, schedule="linear", calibration=ids_for())
     assert calls == [{"*.mlp.*": p} for p in ("7:8", "6:8", "6:8", "5:8", "4:8")]
     assert len(reports) == 3 and all(linear.pattern_holds for linear in reports[-1].linears)
+    assert reports[-1].trained[0]["steps"] == 2 and not any("Adapted" in type(module).__name__ for module in model.modules())
     assert hf_prune.prune_iteratively(model, config, train, calibration=ids_for()) == [] and len(calls) == 5
 
 

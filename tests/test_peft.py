@@ -211,6 +211,19 @@ def test_merges_that_would_fill_masks_are_refused():
         with pytest.raises(ValueError, match="MaskLoraConfig"):
             merge()
     assert same(adapted.unload(), before)
+    for config in (
+        peft.LoHaConfig(r=2),
+        peft.VeraConfig(r=2),
+        peft.OFTConfig(r=0, oft_block_size=4),
+        peft.AdaLoraConfig(total_step=9),
+    ):
+        config.target_modules = {"q_proj"}
+        other = peft.get_peft_model(pruned(), config)
+        KeepMasksCallback().on_train_begin(None, None, None, model=other)
+        for merge in (other.merge_adapter, other.merge_and_unload, copy.deepcopy(other).merge_and_unload):
+            with pytest.raises(ValueError, match="MaskLoraConfig"):
+                merge()
+        assert same(other.unload(), before)
     head = peft.get_peft_model(pruned(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     shake(head)
     for harmless in (head, masked(pruned())):
@@ -260,5 +273,6 @@ def test_other_adapters_that_keep_zeros(kind):
     shake(adapted)
     with_adapter = logits(adapted)
     assert not close(with_adapter, start, 1e-3)
+    refuse_densifying_merge(adapted, masks)
     merged = adapted.merge_and_unload()
     assert close(logits(merged), with_adapter) and not masks.violations(merged)

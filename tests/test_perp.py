@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_prune
-from hf_prune import Distillation, KeepMasksCallback, PERPCallback, PruningConfig, Reconstruction
+from hf_prune import Distillation, KeepMasksCallback, Masks, PERPCallback, PruningConfig, Reconstruction
 from hf_prune.blocks import Decoder, eager_experts, halves_of
-from hf_prune.perp import KINDS, AdaptedLinear, attach
+from hf_prune.perp import KINDS, AdaptedLinear, attach, release
 from hf_prune.reconstruction import outputs_of
 
 
@@ -58,6 +58,7 @@ def holds(model, masks):
 
 
 FAMILY = {"bias": "qwen2"}
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("kind", MERGED)
@@ -74,9 +75,14 @@ def test_every_kind(kind, tmp_path):
     assert loss(again) == loss(model) and again.pruning_masks.digest() == masks.digest()
 
 
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("kind", ["mask_lora", "scale_lora", "spp_lora", "head"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merged_is_what_was_trained(family, kind):
+def test_merged_is_what_was_trained(family, kind, monkeypatch):
+    """Also if the merge is interrupted right after a weight was written, and called again."""
     model = pruned(family)
     attached = attach(model, model.pruning_masks, (kind,))
     with torch.no_grad():
@@ -85,6 +91,9 @@ def test_merged_is_what_was_trained(family, kind):
     with torch.no_grad():
         before = model(input_ids=ids_for()).logits
         shown = {name: value.clone() for name, value in model.state_dict().items() if "perp" not in name}
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("hf_prune.perp._swap", interrupted)
+            attached.merge()
         attached.merge()
         assert torch.allclose(model(input_ids=ids_for()).logits, before, atol=1e-5)
     assert all(torch.equal(value, shown[name]) for name, value in model.state_dict().items())
@@ -132,9 +141,11 @@ def test_lora_ends_as_an_adapter_of_peft(tmp_path):
     assert all(not base[name][~masks[name]].any() for name in masks)
 
 
-@pytest.mark.parametrize("kind", ["mask_lora", "norm", "full", "head", "added_bias"])
-def test_resume_is_exact(kind, tmp_path):
-    start = pruned(tie_word_embeddings=kind == "head")
+@pytest.mark.parametrize("kind, family", [
+    *((kind, "llama") for kind in ("mask_lora", "norm", "full", "head", "added_bias")), ("full", "mixtral"),
+])  # fmt: skip
+def test_resume_is_exact(kind, family, tmp_path):
+    start = pruned(family, tie_word_embeddings=kind == "head")
     whole, half, resumed = (copy.deepcopy(start) for _ in range(3))
     save = dict(save_strategy="steps", save_steps=3)
     train(whole, tmp_path / "whole", PERPCallback(train=kind), **save)
@@ -170,6 +181,39 @@ def test_ways_to_train(kind, changes, tmp_path):
     rate = 1.0 if "optim" in changes and changes["optim"] == "sgd" else 1e-2
     train(model, tmp_path, PERPCallback(train=kind), **{"learning_rate": rate, "weight_decay": 0.1, **changes})
     assert holds(model, masks) and loss(model) < start and model.dtype == torch.float32
+
+
+def test_what_is_frozen_at_first_keeps_its_zeros(tmp_path):
+    """A callback after ours sets it free; the optimizers of one layer step within the backward pass."""
+    model = pruned()
+    late, steps = model.model.layers[1].requires_grad_(False), model.model.layers[0]
+    before = snapshot(model)
+
+    class Thaw(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            late.requires_grad_(state.global_step > 0)
+
+    def step(parameter):
+        parameter.data.sub_(torch.ones_like(parameter))
+        parameter.grad = None
+
+    for parameter in steps.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    Trainer(
+        model, arguments(tmp_path, max_steps=3), train_dataset=DATA, callbacks=[KeepMasksCallback(), Thaw()],
+        optimizers=(optimizer, None),
+    ).train()  # fmt: skip
+    assert not model.pruning_masks.violations(model) and not torch.equal(late.mlp.up_proj.weight, before[UP])
+    assert not any(p._post_accumulate_grad_hooks for p in late.parameters())
+
+
+def test_a_schedule_free_optimizer_is_merged_as_it_is_evaluated():
+    model, callback = pruned(), PERPCallback("norm")
+    callback.on_init_end(arguments("unused"), transformers.TrainerState(), None, model=model)
+    optimizer = types.SimpleNamespace(eval=lambda: model.model.norm.weight.data.fill_(3.0))
+    callback.on_train_end(None, None, None, optimizer=optimizer)
+    assert (model.model.norm.weight == 3).all()
 
 
 def test_half_precision_model(tmp_path):
@@ -279,6 +323,16 @@ def test_errors(tmp_path):
         Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[PERPCallback()])
     callback.detach()
     assert same(model, before) and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="has ended.*a new one"):
+        callback.on_train_begin(None, None, None, model=model)
+    masks = Masks({**model.pruning_masks, "lm_head.weight": torch.ones(128, 32) > 0})
+    for kinds in (("norm", "head"), ("mask_lora", "head")):
+        with pytest.raises(ValueError, match="the head is pruned"):
+            attach(model, masks, kinds)
+    masks = Masks({"model.embed_tokens.weight": torch.ones(128, 32) > 0, **model.pruning_masks})
+    attached = attach(model, masks, "mask_lora")
+    assert attached.left_out == ["model.embed_tokens.weight"]
+    attached.detach()
 
 
 def test_sharded_parameters_are_refused():
@@ -584,6 +638,12 @@ def test_reconstruct_what_is_pruned(family):
         hf_prune.reconstruct(model, model, ids_for(12), n_samples=12, sequence_length=24)
     with pytest.raises(ValueError, match="at least two batches"):
         hf_prune.reconstruct(model, dense, ids_for(2), n_samples=2, sequence_length=24)
+    before, weight = snapshot(model), next(iter(dense.parameters()))
+    for value, match in ((1e38, "output of .* is not finite"), (float("nan"), "of the dense model are not finite")):
+        weight.data.fill_(value)
+        with pytest.raises(ValueError, match=match):
+            hf_prune.reconstruct(model, dense, ids_for(12), n_samples=12, sequence_length=24, how=how)
+    assert same(model, before)
 
 
 def test_an_interrupted_training_leaves_no_hooks(tmp_path):
@@ -591,10 +651,7 @@ def test_an_interrupted_training_leaves_no_hooks(tmp_path):
     callback = PERPCallback(distillation=Distillation(make("llama", seed=1)))
     trainer = Trainer(model, arguments(tmp_path), train_dataset=DATA, callbacks=[callback])
 
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    callback.on_step_end = stop
+    callback.on_step_end = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     callback.merge()
@@ -622,6 +679,32 @@ def test_training_again_after_an_interruption(callback, tmp_path):
     model.train()(input_ids=ids, labels=ids).loss.backward()
     gone = ~model.pruning_masks["model.layers.0.mlp.up_proj.weight"]
     assert model.model.layers[0].mlp.up_proj.weight.grad[gone].any(), "nothing holds the gradients any more"
+
+
+@pytest.mark.parametrize("callback", [KeepMasksCallback, lambda: PERPCallback(distillation=Distillation(make("llama")))])
+def test_what_an_interrupted_training_left_comes_off(callback, tmp_path):
+    model, callback = pruned(), callback()
+    trainer = Trainer(model, arguments(tmp_path, gradient_checkpointing=True), train_dataset=DATA, callbacks=[callback])
+    callback.on_step_begin = interrupted
+
+    def hooks():
+        return len(model._forward_hooks), *(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert max(hooks()) == 1
+    if type(callback) is KeepMasksCallback:
+        KeepMasksCallback().on_train_begin(None, None, None, model=model)
+        assert max(hooks()) == 1
+        callback.release()
+    else:
+        before = model.eval()(input_ids=ids_for()).logits
+        copied = copy.deepcopy(model)
+        for each in (copied, model):
+            release(each, merge=each is model)
+            assert holds(each, each.pruning_masks) and torch.equal(each(input_ids=ids_for()).logits, before)
+    assert max(hooks()) == 0
+    attach(model, model.pruning_masks).detach()
 
 
 def test_what_it_opened_is_closed(tmp_path):
@@ -652,7 +735,7 @@ def test_lora_is_not_lost_when_peft_fails(tmp_path, monkeypatch):
 
 def test_linears_of_a_derived_class(tmp_path):
     """All of Falcon's are; others do not multiply by their weight, and take no adapter."""
-    model = pruned("falcon")
+    model = pruned("falcon", bias=True)  # which it adds to in place
     name, linear = next(
         (n, m) for n, m in model.named_modules() if type(m).__name__ == "FalconLinear" and f"{n}.weight" in model.pruning_masks
     )
@@ -665,10 +748,14 @@ def test_linears_of_a_derived_class(tmp_path):
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class Grouped(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(2, -1, self.in_features))
+
     other = pruned()
-    other.model.layers[0].mlp.up_proj.__class__ = Doubled
+    other.model.layers[0].mlp.up_proj.__class__, other.model.layers[1].mlp.up_proj.__class__ = Doubled, Grouped
     attached = attach(other, other.pruning_masks)
-    assert attached.left_out == ["model.layers.0.mlp.up_proj.weight"]
+    assert attached.left_out == ["model.layers.0.mlp.up_proj.weight", UP]
     attached.detach()
 
 
@@ -713,3 +800,19 @@ def test_card_says_how_it_was_reconstructed(tmp_path):
     model.save_pretrained(tmp_path)
     code = (tmp_path / "README.md").read_text().split("Make it again")[1]
     assert "reconstruct=hf_prune.Reconstruction(train='full'" in code and "reconstruct={" not in code
+
+
+def test_card_says_how_it_was_trained(tmp_path):
+    model = pruned()
+    model.pruning_report.add_timing("decode", 1.0, 0.5, "here")
+    callback = PERPCallback(("mask_lora", "norm"), rank=4, distillation=Distillation(make("llama")))
+    train(model, tmp_path / "run", callback, save_strategy="steps", save_steps=3)
+    train(model, tmp_path / "run", KeepMasksCallback(), max_steps=2)
+    model.save_pretrained(tmp_path / "out")
+    report = hf_prune.load(tmp_path / "out").pruning_report
+    assert not report.timings and [how["steps"] for how in report.trained] == [6, 2]
+    assert [how["steps"] for how in hf_prune.load(tmp_path / "run/checkpoint-3").pruning_report.trained] == [3]
+    card = (tmp_path / "out/README.md").read_text()
+    for section in (card, card.split("Make it again")[1]):
+        assert "hf_prune.PERPCallback(train=('mask_lora', 'norm'), rank=4" in section and "'weight': 0.5" in section
+        assert "hf_prune.KeepMasksCallback(), 2 steps" in section

@@ -150,8 +150,13 @@ def arguments(folder, **changes):
     return TrainingArguments(output_dir=str(folder), **{**values, **changes})
 
 
-def trained(model, folder, callback, resume=None, **changes):
-    trainer = Trainer(model, arguments(folder, **changes), train_dataset=DATA, callbacks=[callback])
+def trained(model, folder, callback, resume=None, way=None, **changes):
+    trainer = Trainer(
+        None if way == "model_init" else model, arguments(folder, **changes), train_dataset=DATA,
+        model_init=(lambda: make("llama")) if way == "model_init" else None, callbacks=[] if way == "add_callback" else [callback],
+    )  # fmt: skip
+    if way == "add_callback":
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -196,16 +201,30 @@ def test_moments_are_cut_with_their_parameters(llama):
     assert torch.equal(member.parameter.grad, before[1][keep])
     optimizer.step()
 
+    class Eight(torch.Tensor):
+        """As torchao's OptimState8bit, it has the shape of the parameter."""
 
-@pytest.mark.parametrize("at, compensate", [(4, False), (8, False), (4, True), (11, True)])
-def test_resumes_as_if_uninterrupted(at, compensate, tmp_path):
+    optimizer.state[member.parameter]["exp_avg"] = torch.zeros_like(member.parameter.data).as_subclass(Eight)
+    after = snapshot(llama)
+    with pytest.raises(ValueError, match="AdamW keeps exp_avg, a Eight"):
+        remove(groups, {a: torch.tensor([3, 5]) for a in groups.of("ffn")}, optimizer)
+    assert all(torch.equal(parameter, after[name]) for name, parameter in llama.named_parameters())
+
+
+@pytest.mark.parametrize("at, compensate, way", [
+    (4, False, None), (8, False, "model_init"), (4, True, "add_callback"), (11, True, "callback_states"),
+])  # fmt: skip
+def test_resumes_as_if_uninterrupted(at, compensate, way, tmp_path):
     def callback():
         return EfficientLLMCallback(0.7, kinds=None, compensate=compensate)
 
-    whole = make("llama")
-    trained(whole, tmp_path / "a", callback(), save_strategy="steps", save_steps=at)
-    again = make("llama")
-    trainer = trained(again, tmp_path / "b", callback(), resume=str(tmp_path / "a" / f"checkpoint-{at}"))
+    whole = trained(make("llama"), tmp_path / "a", callback(), way=way, save_strategy="steps", save_steps=at).model
+    trainer = trained(
+        make("llama"), tmp_path / "b", callback(), resume=str(tmp_path / "a" / f"checkpoint-{at}"), way=way,
+        restore_callback_states_from_checkpoint=way == "callback_states",
+    )  # fmt: skip
+    again = trainer.model
+    assert not again._load_state_dict_pre_hooks and not any(module._forward_pre_hooks for module in again.modules())
     assert set(trainer.optimizer.param_groups[0]) == set(torch.optim.AdamW(again.parameters()).param_groups[0]) | {"initial_lr"}
     different = {k for k, v in again.config.to_dict().items() if v != whole.config.to_dict()[k]}
     assert different <= {"architectures", "dtype"}  # which saving sets
@@ -298,6 +317,9 @@ def test_an_interrupted_training_keeps_its_target(tmp_path):
         trainer.train()
     assert block_parameters(groups_of(model)) < target / 0.7
     trainer.pop_callback(Stop)
+    assert any(module._forward_pre_hooks for module in model.modules())
+    callback.release()
+    assert not any(module._forward_pre_hooks for module in model.modules())
     trainer.train()
     assert 0.9 * target < block_parameters(groups_of(model)) <= target
 
@@ -370,6 +392,11 @@ def test_says_what_cannot_go(tmp_path, llama):
         trained(make("llama"), tmp_path, EfficientLLMCallback(10**9))
     with pytest.raises(ValueError, match="smallest"):
         trained(make("llama"), tmp_path, EfficientLLMCallback(10))
+    frozen = make("llama")
+    frozen.model.layers[1].mlp.requires_grad_(False)
+    with pytest.raises(ValueError, match="layers.1.mlp.* is frozen.*other kinds"):
+        trained(frozen, tmp_path, EfficientLLMCallback(0.7))
+    trained(frozen, tmp_path, EfficientLLMCallback(counts={"heads": 1}))
     short = make("llama")
     with pytest.raises(ValueError, match="leave none"):
         trained(short, tmp_path, EfficientLLMCallback(0.5), max_steps=1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ids_for, make, snapshot
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -40,6 +41,15 @@ def test_masks_hold(callback, gradient_checkpointing, tokenizer, tmp_path):
     trainer.save_model(tmp_path / "out")
     again = hf_prune.load(tmp_path / "out")
     assert again.pruning_masks.digest() == masks.digest() and not masks.violations(again)
+
+
+def test_a_push_keeps_our_section_of_the_card(hub, tokenizer, tmp_path):
+    model = make("llama")
+    model.prune(PruningConfig("magnitude", pattern="2:4"))
+    trained(model, tokenizer, tmp_path, KeepMasksCallback(), max_steps=1, hub_model_id="tester/sft").push_to_hub()
+    card = hub.files("tester/sft")["README.md"].decode()
+    assert "hf_prune:begin" in card and {"2:4", "trl"} <= set(ModelCard(card).data.tags)
+    assert hf_prune.load("tester/sft").pruning_masks
 
 
 def test_shrinks(tokenizer, tmp_path):

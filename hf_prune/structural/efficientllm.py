@@ -250,7 +250,7 @@ class Compensation:
         self.damping, self.decay, self.ranks = damping, decay, ranks
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
-        self._handles, self._heard = [], {}
+        self.handles, self._heard = [], {}
         block_of = {linear.name: block.name for block in groups.decoder.blocks for linear in block.linears}
         first: dict[tuple, str] = {}  # linears that share an input share its Gram matrix
         for kind in kinds:
@@ -259,7 +259,7 @@ class Compensation:
                     key = first.setdefault((block_of.get(linear.name), linear.group), linear.name)
                     self._of.setdefault(axis, []).append((linear, member, key))
                     if key == linear.name:
-                        self._handles.append(linear.module.register_forward_pre_hook(self._listen(key)))
+                        self.handles.append(linear.module.register_forward_pre_hook(self._listen(key)))
 
     def _listen(self, key: str):
         def hook(module, args):
@@ -302,7 +302,7 @@ class Compensation:
 
     def close(self) -> None:
         """Listens no more."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
 
 
