@@ -446,3 +446,18 @@ def test_a_model_without_masks_in_place_of_a_pruned_one(tmp_path, compact):
     assert "hf_prune:begin" not in card.read_text() and "2:4" not in card.read_text()
     again = hf_prune.load(tmp_path)
     assert again.pruning_masks is None and same(again, snapshot(model))
+
+
+def test_the_card_names_what_came_before(tmp_path, llama):
+    words = dict(n_samples=6, sequence_length=24)
+    llama.prune(PruningConfig("taylor", pattern="ffn:0.5", **words), ids_for())
+    llama.prune(PruningConfig("wanda", pattern="2:4", **words), ids_for())
+    llama.prune(PruningConfig("magnitude", sparsity=0.7), masks=llama.pruning_masks)
+    llama.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| pruned before | taylor, ffn:0.5, 6 sequences; wanda, 2:4, 6 sequences |" in card
+    assert (
+        "# before it: taylor, ffn:0.5, 6 sequences\n# before it: wanda, 2:4, 6 sequences\nmodel.prune(config, masks=masks)"
+        in card
+    )
+    assert "given, of 14 parameters" in card and hf_prune.load(tmp_path).pruning_report.earlier

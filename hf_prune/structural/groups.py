@@ -103,7 +103,7 @@ class Groups:
         if kind in self.refused:
             allowed = ", ".join(self.axes) or "nothing"
             name = type(self.decoder.model).__name__
-            raise ValueError(f"{name} cannot lose {kind}: {self.refused[kind]}. It can lose: {allowed}.")
+            raise ValueError(f"{name} cannot lose {kind}: {self.refused[kind].rstrip('.')}. It can lose: {allowed}.")
         return self.axes[kind]
 
 

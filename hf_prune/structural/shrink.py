@@ -20,7 +20,7 @@ from .groups import Axis, Groups, head_size
 
 _FIELDS = {
     "heads": ("num_attention_heads", "num_key_value_heads"),
-    "ffn": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "ffn": ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "d_inner", "ffn_hidden_size", "dff", "dim_ff"),
     "hidden": ("hidden_size", "word_embed_proj_dim"),
 }
 
@@ -77,7 +77,7 @@ def _values(groups: Groups, counts: dict[str, int]) -> dict[str, Any]:
             value = getattr(config, name, None)
             if isinstance(value, int) and value % before == 0:
                 values[name] = value // before * count
-            elif name in ("n_inner", "ffn_hidden_size") and hasattr(config, name):
+            elif name in ("intermediate_size", "n_inner", "ffn_hidden_size") and hasattr(config, name):
                 values[name] = count
     if "ffn" not in counts and getattr(config, "n_inner", 0) is None:
         values["n_inner"] = groups.of("ffn")[0].count
