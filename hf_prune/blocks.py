@@ -1,6 +1,6 @@
 """The decoder blocks of a model, the linears in them and how they are called: the only file that knows Transformers' modules.
 
-Nothing is looked up by architecture. Blocks are the `ModuleList` of gradient-checkpointing layers, or of layers of one class;
+Nothing is looked up by architecture. Blocks are the `ModuleList` of gradient-checkpointing layers, or the outermost one;
 what a block calls, in which order and on which shared inputs, is seen by running eight tokens through it once. A mixture's fused
 3-D expert parameter is found the same way: by the matrix products that read it. Leaves out everything that changes a weight.
 """
@@ -113,13 +113,25 @@ def blocks_of(model: nn.Module) -> list[Block]:
     of_text = set((decoder or model).modules())
     stacks = [found for found in model.named_modules() if isinstance(found[1], nn.ModuleList) and len(found[1])]
     marked = [found for found in stacks if all(isinstance(child, GradientCheckpointingLayer) for child in found[1])]
-    alike = [found for found in stacks if len({type(child) for child in found[1]}) == 1 and _holds_linears(found[1][0])]
-    for stacks in marked, alike:  # those of code outside of Transformers may have no mark
-        stacks = [found for found in stacks if found[1] in of_text] or stacks
-        if stacks:
-            name, stack = max(stacks, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    for known in marked, list(_unmarked(stacks, model)):
+        if known := [found for found in known if found[1] in of_text] or known:
+            name, stack = max(known, key=lambda found: _numel(found[1]))
             return [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
     raise ValueError(f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers.")
+
+
+def _unmarked(stacks: list[tuple[str, nn.ModuleList]], model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Of code outside of Transformers: lists in no other list, of modules with linears, that are most of what is no embedding."""
+    outside = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, name)]
+    rest = _numel(model) - _numel(nn.ModuleList(filter(None, outside)))
+    for name, stack in stacks:
+        nested = any(name.startswith(f"{other}.") for other, _ in stacks)
+        if not nested and all(_holds_linears(child) for child in stack) and 2 * _numel(stack) > rest:
+            yield name, stack
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _holds_linears(module: nn.Module) -> bool:
@@ -185,6 +197,8 @@ class Decoder:
         def after(module, args, output):
             nonlocal previous
             block = by_module[module]
+            for name in {linear.parameter_name for linear in block.linears}.intersection(block.left_dense):
+                del block.left_dense[name]
             for linear in grouped.intersection(block.linears):
                 block.linears.remove(linear)
                 block.left_dense[linear.name] = "its outputs read different inputs, group by group"
@@ -202,7 +216,10 @@ class Decoder:
                 stack.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(block.module.register_forward_hook(after).remove)
             ids = torch.arange(8, device=self.model.get_input_embeddings().weight.device)[None]
-            self.body(input_ids=ids % self.model.get_input_embeddings().weight.shape[0], use_cache=False)
+            try:
+                self.body(input_ids=ids % self.model.get_input_embeddings().weight.shape[0], use_cache=False)
+            except (AttributeError, TypeError) as error:
+                raise ValueError(f"{type(self.model).__name__} cannot be run block by block: {error}") from error
         if previous is None:
             raise ValueError(f"{type(self.model).__name__} does not run the blocks that it holds.")
 
@@ -518,7 +535,7 @@ def _linears_of(block: Block) -> Iterator[Linear]:
                 yield Linear(name, f"{name}.weight", module, "weight", transposed=isinstance(module, Conv1D))
         else:
             for attribute, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 2 and min(parameter.shape) > 1 and "bias" not in attribute:
+                if parameter.dim() > 1 and min(parameter.shape) > 1 and "bias" not in attribute:  # perhaps fused experts
                     block.left_dense[f"{name}.{attribute}"] = (
                         _router(block.module, f"{path}.{attribute}") or "no linear that hf_prune knows"
                     )

@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _left(args) -> str:
-    from .streaming import UNFINISHED
+    from .streaming import work_of
 
-    if args.command == "prune" and Path(args.resume_dir or f"{args.output}{UNFINISHED}", "journal.json").exists():
+    if args.command == "prune" and Path(args.resume_dir or work_of(Path(args.output).resolve()), "journal.json").exists():
         return "the same command goes on from its journal"
     return getattr(args, "left", "nothing was written")
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,22 @@ from .undo import Undo
 logger = logging.get_logger(__name__)
 
 
+def _outside_inference_mode(function: Callable) -> Callable:
+    """Gradients may be needed; the parameters of a model that was made in that mode do without them, and are changed in it only."""
+
+    @functools.wraps(function)
+    def call(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        stay = torch.is_inference_mode_enabled() and any(p.is_inference() for p in model.parameters())
+        with torch.inference_mode(stay):
+            return function(model, *args, **kwargs)
+
+    return call
+
+
 class PruningMixin:
     """The methods that a model gains. They keep their state in one instance attribute, so deepcopy and pickle carry it."""
 
-    @torch.inference_mode(False)
+    @_outside_inference_mode
     def prune(
         self,
         config: PruningConfig | None = None,
@@ -96,10 +108,10 @@ class PruningMixin:
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
         check_model(self, elsewhere=not config.method.structural)
-        state = settle(self)
-        if state and (problem := next(filter(None, Ranks.launched().gathered(_changed(self, state))), "")):
+        known, state = STATE in self.__dict__, settle(self)  # which looks at masks that it reads
+        if known and state and (problem := next(filter(None, Ranks.launched().gathered(_changed(self, state))), "")):
             logger.warning(f"pruning without the masks there were: {problem}")
-            state = self.__dict__[STATE] = None
+            state = None
 
         if config.method.structural:
             extra = {"masks": masks, "resume_dir": resume_dir, "reconstruct": reconstruct, "store": store, "bf16": bf16}
@@ -108,7 +120,7 @@ class PruningMixin:
                 raise ValueError(f"{given}: not with '{config.pattern}'. Take whole groups out first, then prune what is left.")
             report = shrink_model(self, config, calibration, tokenizer, tokens_per_batch)
             report.follow(self.__dict__.get(SHRUNK))
-            self.__dict__[SHRUNK] = report
+            self.__dict__[SHRUNK], self.__dict__[STATE] = report, None
             forget_quantization(self)
             return report
 
@@ -163,7 +175,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-@torch.inference_mode(False)
+@_outside_inference_mode
 def reconstruct(
     model: PreTrainedModel,
     dense: PreTrainedModel,

@@ -130,12 +130,9 @@ def prune_model(
             ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
             place = checkpoint.work if checkpoint else resume_dir if needs_data else None
-            if place is not None and not ranks.index:
-                stack.enter_context(alone_in(Path(place)))
-            if checkpoint:
-                journal = CheckpointJournal(checkpoint, identity)
-            elif place is not None:
-                journal = Journal(place, identity, ranks)
+            if place is not None:
+                _lock(Path(place), stack, ranks)
+                journal = CheckpointJournal(checkpoint, identity) if checkpoint else Journal(place, identity, ranks)
         changed = parameters.values() if how is None else decoder.parameters
         with Undo(changed) as undo:
             masks = weights.masks
@@ -163,7 +160,9 @@ def prune_model(
                     plan.gradients_of = find(decoder, chosen, some, config.method, place, ranks)
                     gradient_seconds = time.perf_counter() - before
                 size = tokens_per_batch or (how.batch_tokens if how else _batch_tokens(model, weights.device, sequences))
-                if journal:  # the memory there is may have changed
+                if journal:  # hidden states were kept in batches of that size, and the memory there is may have changed
+                    if not journal.finished:
+                        journal.forget("batch")
                     size = int(journal.tensors("batch", lambda: {"tokens": torch.tensor(size)})["tokens"])
                 batches = batches_of(ranks.share(sequences), 1 if by_block else size)
                 if how:
@@ -203,6 +202,18 @@ def prune_model(
     for line in by_reason({**unasked, **report.notes}):
         logger.warning(line)
     return masks, report
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack, ranks: Ranks) -> None:
+    """Until `stack` ends no other run works in `folder`; raises ValueError in all processes if one does."""
+    problem = ""
+    if not ranks.index:
+        try:
+            stack.enter_context(alone_in(folder))
+        except ValueError as error:
+            problem = str(error)
+    if problem := ranks.gathered(problem)[0]:
+        raise ValueError(problem)
 
 
 def _check_finite(parameters: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:

@@ -160,6 +160,8 @@ def prune_blocks(
                 continue
             with block.present(), _autocast(block, plan.bf16):
                 work = _BlockWork(plan, block)
+                for mapping in shared if index == done else ():
+                    mapping.update({key: tuple(x.to(block.device) for x in kept) for key, kept in mapping.items()})
                 with _autocast(block, False):
                     work.gradients = plan.gradients_of(block)
                     if gradient_samples is not None:

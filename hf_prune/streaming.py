@@ -27,7 +27,7 @@ from .report import PruningReport
 from .serialization import ADAPTER, FOLDER, PruningState, copy_entry, is_replaced, is_weight_file
 
 
-UNFINISHED = ".unfinished"
+UNFINISHED, _DONE = ".unfinished", "done"
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".safetensors", ".ckpt"}
 _NOT_FETCHED = [
     *(f"*{suffix}" for suffix in sorted(_OTHER_WEIGHTS - {".safetensors"})),
@@ -35,6 +35,11 @@ _NOT_FETCHED = [
     "original/*",
     "consolidated*",
 ]
+
+
+def work_of(target: Path) -> Path:
+    """Where is kept what is unfinished of `target`."""
+    return target.with_name(f"{target.name}{UNFINISHED}")
 
 
 def prune_checkpoint(
@@ -76,9 +81,9 @@ def prune_checkpoint(
     source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
     if target.is_relative_to(source.resolve()):
         raise ValueError(f"{dst} is the source or in it, and the source is not changed: give another folder.")
-    work = target.with_name(f"{target.name}{UNFINISHED}")
+    work = work_of(target)
     if target.exists():
-        if (work / "journal.json").exists() and not (work / "model").exists():  # killed when that had become the output
+        if (work / _DONE).exists() and not (work / "model").exists():  # killed when that had become the output
             shutil.rmtree(work, ignore_errors=True)
         raise ValueError(f"{dst} exists already, and would appear only when it is complete: remove it or give another folder.")
     if (source / ADAPTER).exists():
@@ -97,6 +102,7 @@ def prune_checkpoint(
         report.follow(old.report if old else None)
         if not ranks.index:
             _finish(checkpoint, PruningState(masks, config.to_dict(), report), model, card_of(str(source)) if old else None)
+            (work / _DONE).touch()
             move_whole(work / "model", target)
             shutil.rmtree(work, ignore_errors=True)
         ranks.wait()

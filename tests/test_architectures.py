@@ -8,6 +8,7 @@ from conftest import make as family
 from test_resume import Stopped, stop_after
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import hf_prune
 from hf_prune import Decoder, PruningConfig
@@ -130,22 +131,60 @@ def test_tiny_linears_are_left_dense():
     assert any("fewer than 8 numbers" in why for name, why in report.skipped.items() if "altup" in name)
 
 
-def test_lists_of_one_class_without_linears_are_no_blocks():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
-            self.heads = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+class Layer(nn.Module):
+    def __init__(self, experts=0):
+        super().__init__()
+        self.proj = nn.Linear(32, 32)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(32, 32)) for _ in range(experts)])
 
-    from hf_prune.blocks import blocks_of
+    def forward(self, hidden_states):
+        for expert in (self.proj, *self.experts):
+            hidden_states = hidden_states + expert(hidden_states)
+        return hidden_states
 
+
+class WithExperts(Layer):
+    pass
+
+
+class Custom(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """As code outside of Transformers has it: layers of two classes, none of which is marked."""
+
+    config_class = transformers.LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed, self.heads = nn.Embedding(128, 32), nn.ModuleList([nn.Linear(32, 32)])
+        self.layers = nn.ModuleList([Layer(), WithExperts(4), Layer()])
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.heads[0]
+
+    def forward(self, input_ids=None, use_cache=None):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return CausalLMOutput(logits=self.heads[0](hidden))
+
+
+def test_layers_without_a_mark_are_the_outermost_ones():
+    model = Custom(transformers.LlamaConfig(**_BASE))
+    assert [block.name for block in Decoder(model).blocks] == ["layers.0", "layers.1", "layers.2"]
+    assert len(model.prune(config("sparsegpt"), ids_for(4)).linears) == 7
+    model.layers = model.layers[:1]
+    model.more = nn.Linear(32, 64)
     with pytest.raises(ValueError, match="no stack of decoder blocks"):
-        blocks_of(Model())
+        Decoder(model)
 
 
 def test_within_inference_mode():
     model, dense = family("llama"), family("llama")
     with torch.inference_mode():
+        assert family("llama").prune(config("sparsegpt"), ids_for(4)).sparsity == 0.5
         assert model.prune(config("gblm"), ids_for(4)).sparsity == 0.5
         hf_prune.reconstruct(model, dense, ids_for(4), n_samples=4, how=hf_prune.Reconstruction(batch_tokens=48))
         dense.prune(PruningConfig("taylor", pattern="ffn:0.5", n_samples=4, sequence_length=24), ids_for(4))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ids_for, make, same, snapshot
 
-from hf_prune import GBLM, PruningConfig
+from hf_prune import GBLM, PruningConfig, pruning
 
 
 CONFIG = dict(method="sparsegpt", n_samples=6, sequence_length=24)
@@ -147,3 +147,20 @@ def test_killed_at_20_moments(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[-1]) > 3  # the moments were different ones
+
+
+def test_the_size_of_a_batch_that_did_not_fit_is_forgotten(tmp_path, monkeypatch):
+    original, sizes = pruning.prune_blocks, []
+
+    def out_of_memory(plan, batches, **kwargs):
+        sizes.append(max(batch.numel() for batch in batches))
+        if sizes[-1] > 48:
+            raise torch.OutOfMemoryError
+        return original(plan, batches, **kwargs)
+
+    monkeypatch.setattr(pruning, "prune_blocks", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model().prune(PruningConfig(**CONFIG), ids_for(), resume_dir=tmp_path)
+    monkeypatch.setattr(pruning, "_batch_tokens", lambda *args: 48)
+    model().prune(PruningConfig(**CONFIG), ids_for(), resume_dir=tmp_path)
+    assert sizes == [144, 48]
