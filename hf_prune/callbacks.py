@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .distillation import Distillation
 from .model_card import CARD, card_of, write_card
-from .perp import Attached, attach, check_kinds, masked_gradients, take_hooks_off, zero_here_
+from .perp import Attached, add_hook, attach, check_kinds, masked_gradients, take_hooks_off, zero_here_
 from .pruning import check_model
 from .report import PruningReport
 from .serialization import FOLDER, STATE, is_weight_file, state_of
@@ -36,6 +36,7 @@ class TrainingCallback(TrainerCallback):
         """Takes off the hooks that an interrupted training left on the model; the next training does so by itself."""
         if self._model is not None:
             take_hooks_off(self._model)
+        self._model = None
 
     def _before_load(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
         """Is given what `model` is about to load from a checkpoint."""
@@ -57,7 +58,7 @@ class KeepMasksCallback(TrainingCallback):
 
     def __init__(self):
         super().__init__()
-        self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Any]] = []
+        self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Any]] = []  # with their bits and hooks
         self._report: PruningReport | None = None
         self._said: dict[str, Any] = {}  # in the report
 
@@ -94,7 +95,7 @@ class KeepMasksCallback(TrainingCallback):
 
     def release(self) -> None:
         super().release()
-        self._held = []
+        self._held, self._report = [], None
 
     def _says(self) -> dict[str, Any]:
         return {"callback": type(self).__name__}
@@ -129,7 +130,6 @@ class PERPCallback(KeepMasksCallback):
         self._distillation = distillation
         self._attached: Attached | None = None
         self._ended = False
-        self._listening: Any = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         config = getattr(args, "fsdp_config", None) or {}
@@ -146,7 +146,7 @@ class PERPCallback(KeepMasksCallback):
             )
         check_model(model)
         masks = state_of(model, "PERPCallback").masks
-        self._attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
+        self._attached, self._ended = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how), False
         if args.gradient_checkpointing:
             # Of frozen embeddings the checkpointed blocks would have no gradient. Transformers' own hook may be lost, not removed.
             embeddings = model.get_input_embeddings()
@@ -170,8 +170,7 @@ class PERPCallback(KeepMasksCallback):
         super().on_train_begin(args, state, control, model=model)
         if self._distillation:
             self._distillation.used = False
-            self._listening = model.register_forward_hook(self._distillation, with_kwargs=True)
-            self._attached.hooks.append(self._listening)
+            add_hook(model, model.register_forward_hook(self._distillation, with_kwargs=True))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # there the scaler looks for overflows and skips the step
@@ -206,12 +205,6 @@ class PERPCallback(KeepMasksCallback):
     def detach(self) -> None:
         """Gives the model back without the adapters."""
         self._end(Attached.detach)
-
-    def release(self) -> None:
-        super().release()
-        if self._listening:
-            self._listening.remove()
-        self._listening = None
 
     def _says(self) -> dict[str, Any]:
         said = {**super()._says(), **self._how}

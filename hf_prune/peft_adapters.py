@@ -11,6 +11,7 @@ LoRA: PEFT's own `from_pretrained` and `load_adapter` would put it on without th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -221,7 +222,10 @@ def load_masked_adapter(
 
 
 class _Refusing:
-    """See `refuse_densifying_merge`; put before the class of a tuner, so that copies of the model refuse too."""
+    """See `refuse_densifying_merge`; put before the class of a tuner, so that copies of the model refuse too, pickled ones also."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuilt, (type(self).__bases__[1],), self.__dict__
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._refuse_dense()
@@ -232,22 +236,38 @@ class _Refusing:
         return super().merge_and_unload(*args, **kwargs)
 
     def _refuse_dense(self) -> None:
-        for path, module in self.model.named_modules():
-            name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            dense = isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLoraLinear)
-            if dense and name in self.pruned_names:
-                raise ValueError(
-                    f"merging would fill the pruned weights of {name} with those of a {type(module).__name__}. Keep it apart, take it "
-                    "off with unload(), or train what keeps zeros when merged: hf_prune.peft_adapters.MaskLoraConfig, PEFT's "
-                    "HiraConfig or IA3Config, or ShiraConfig with a mask_fn that chooses among the kept weights."
-                )
+        if name := _filled(self, self.pruning):
+            kind = type(next(iter(self.peft_config.values()))).__name__
+            raise ValueError(
+                f"merging would fill the pruned weights of {name} with those of its {kind}. Keep it apart, take it off with unload(), or "
+                "train what keeps zeros when merged: hf_prune.peft_adapters.MaskLoraConfig, PEFT's HiraConfig or IA3Config, or "
+                "ShiraConfig with a mask_fn that chooses among the kept weights."
+            )
 
 
-class _RefusingLoraModel(_Refusing, lora.LoraModel):
-    """The one of them that can be pickled."""
+@functools.cache
+def _refusing(kind: type[BaseTuner]) -> type[BaseTuner]:
+    return type(f"Refusing{kind.__name__}", (_Refusing, kind), {"__module__": __name__})
 
 
-_KEEP_ZEROS = ("HiraModel", "IA3Model", "ShiraModel")
+def _rebuilt(kind: type[BaseTuner]) -> BaseTuner:
+    return _refusing(kind).__new__(_refusing(kind))
+
+
+_KEEP_ZEROS = ("HiraModel", "IA3Model")
+
+
+def _filled(tuner: BaseTuner, masks: Masks) -> str | None:
+    """The first of the pruned weights that an adapter would fill."""
+    if any(kind.__name__ in _KEEP_ZEROS for kind in type(tuner).__mro__):
+        return None
+    for path, module in tuner.model.named_modules():
+        name = f"{path.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MaskLoraLinear) and name in masks:
+            chosen = getattr(module, "shira_indices", {}).values()
+            if not chosen or not all(masks[name][tuple(at.long().cpu())].all() for at in chosen):
+                return name
+    return None
 
 
 def refuse_densifying_merge(peft_model: PeftModel, masks: Masks) -> None:
@@ -260,12 +280,9 @@ def refuse_densifying_merge(peft_model: PeftModel, masks: Masks) -> None:
     tuner = peft_model.base_model if isinstance(peft_model, PeftModel) else peft_model
     if not isinstance(tuner, BaseTuner):
         raise TypeError(f"refuse_densifying_merge takes a PeftModel with LoRA or the like, got {type(tuner).__name__}.")
-    kind = type(tuner)
-    if kind.__name__ not in _KEEP_ZEROS and not isinstance(tuner, _Refusing):
-        tuner.__class__ = (
-            _RefusingLoraModel if kind is lora.LoraModel else type(f"Refusing{kind.__name__}", (_Refusing, kind), {})
-        )
-    tuner.pruned_names = frozenset(masks)
+    if not isinstance(tuner, _Refusing):
+        tuner.__class__ = _refusing(type(tuner))
+    tuner.pruning = masks
 
 
 def _base_and_masks(model: PreTrainedModel | PeftModel) -> tuple[nn.Module, Masks]:

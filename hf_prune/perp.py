@@ -207,15 +207,7 @@ class Attached:
         Raises:
             RuntimeError: a pruned weight is not zero.
         """
-        _release_from_fsdp(self.model)
-        for name, module in list(self.adapted.items()):
-            if name not in (*self._factors, self._made[0]):
-                if module.perp.kind == "lora":
-                    self._factors[name] = module.perp_A.detach(), module.perp_B.detach(), module.perp
-                else:
-                    self._made = name, module.effective_weight()
-            self._take_off(name, module)
-        self._end()
+        self._end(merge=True)
         if wrong := self.masks.violations(self.model):
             raise RuntimeError(f"{len(wrong)} pruned parameters are not zero after merging, such as {next(iter(wrong))}.")
         if self._factors:
@@ -247,9 +239,14 @@ class Attached:
             del module.__dict__[own]
         self.adapted.pop(name, None)
 
-    def _end(self) -> None:
+    def _end(self, merge: bool = False) -> None:
         _release_from_fsdp(self.model)
         for name, module in list(self.adapted.items()):
+            if merge and name != self._made[0] and name not in self._factors:
+                if module.perp.kind == "lora":
+                    self._factors[name] = module.perp_A.detach(), module.perp_B.detach(), module.perp
+                else:
+                    self._made = name, module.effective_weight()
             self._take_off(name, module)
         if self._embedding is not None:
             self._take_off("", self._embedding)
@@ -358,6 +355,11 @@ def take_hooks_off(model: nn.Module, *new: Any) -> None:
         hook.remove()
     if new:
         model.__dict__[HOOKS] = new
+
+
+def add_hook(model: nn.Module, hook: Any) -> None:
+    """One more that `take_hooks_off` removes."""
+    model.__dict__[HOOKS] = (*model.__dict__.get(HOOKS, ()), hook)
 
 
 def release(model: nn.Module, merge: bool = False) -> None:

@@ -32,8 +32,8 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
 
     What vanishes is gone for good: parameters, gradients and the optimizer's moments are cut in place, steps get faster and
     memory falls. The result is an ordinary, smaller model. Checkpoints on the way have the shapes of their moment, and
-    `resume_from_checkpoint` goes on from them. A share is of what the model has when its training begins: training once more takes
-    it again.
+    `resume_from_checkpoint` goes on from them; `load_state_dict` by hand is a mismatch of sizes while the model is larger, since only
+    what Trainer loads shapes it. A share is of what the model has when its training begins: training once more takes it again.
 
     Args:
         parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
@@ -108,7 +108,7 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         if self._groups is None or self._groups.decoder.model is not model:
-            self._find(model, begun=bool(state.global_step))
+            self._find(model, begun=bool(state.global_step or self.removed))
         for axis in (axis for axes in self._groups.axes.values() for axis in axes):
             if axis.kind in self._plan.kinds_of(self._groups) and not any(m.parameter.requires_grad for m in axis.members):
                 raise ValueError(
@@ -182,6 +182,7 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
             logger.error(f"the model has a shape that cannot be loaded: {reason} Training ended before its last removal.")
         logger.info(f"the blocks have {left:,} of {self._total:,} parameters left.")
         self._total, self._began = 0, {}
+        self._groups = self._saliency = None  # they hold the model
 
     def _find(self, model: Any, begun: bool = False) -> None:
         check_model(model)
@@ -200,7 +201,7 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
 
     def _before_load(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
         if self._groups is None or self._groups.decoder.model is not model:  # of model_init
-            self._find(model)
+            self._find(model, begun=True)
         shape_to(self._groups, state)
 
     def _span(self, steps: int) -> tuple[int, int]:

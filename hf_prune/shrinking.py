@@ -35,8 +35,8 @@ def shrink_model(
 ) -> PruningReport:
     """Takes groups out of `model`, in place, as `config` with a structural method and pattern says.
 
-    As many go from every block, so that the result is an ordinary model with a config of its own; of a share so many that a multiple of
-    `together` is left, if one is near. Gradients that parameters held are gone.
+    As many go from every block, so that the result is an ordinary model with a config of its own; of a share so many that the nearest
+    multiple of `together` below what there was is left, if there is one. Gradients that parameters held are gone.
 
     Raises:
         ValueError, TypeError: what cannot be done as asked; the model has not changed then.
@@ -60,9 +60,8 @@ def shrink_model(
         counts = {kind: counts[kind] - round(share * counts[kind]) for kind, share in pattern.shares}
         plan = Plan(pattern.parameters, counts or None, method.kinds, method.together, method.per_parameter)
         for kind, count in counts.items():
-            multiple = round(count / plan.step(kind, groups)) * plan.step(kind, groups)
-            if 0 < multiple < groups.of(kind)[0].count:
-                counts[kind] = multiple
+            step, before = plan.step(kind, groups), groups.of(kind)[0].count
+            counts[kind] = min(round(count / step) * step, (before - 1) // step * step) or count
         plan.check(groups)
         if counts and (reason := illegal(built_with(groups, counts).config)):
             raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")

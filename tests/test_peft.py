@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import accelerate
 import pytest
@@ -216,17 +217,22 @@ def test_merges_that_would_fill_masks_are_refused():
         peft.VeraConfig(r=2),
         peft.OFTConfig(r=0, oft_block_size=4),
         peft.AdaLoraConfig(total_step=9),
+        peft.LoKrConfig(r=2),
+        peft.ShiraConfig(r=2),  # of weights chosen at random
     ):
         config.target_modules = {"q_proj"}
         other = peft.get_peft_model(pruned(), config)
         KeepMasksCallback().on_train_begin(None, None, None, model=other)
-        for merge in (other.merge_adapter, other.merge_and_unload, copy.deepcopy(other).merge_and_unload):
-            with pytest.raises(ValueError, match="MaskLoraConfig"):
+        again = pickle.loads(pickle.dumps(other))
+        assert type(again.base_model) is type(copy.deepcopy(other).base_model) is type(other.base_model)
+        for merge in (other.merge_adapter, other.merge_and_unload, again.merge_and_unload):
+            with pytest.raises(ValueError, match=f"q_proj.weight with those of its {type(config).__name__}.*MaskLoraConfig"):
                 merge()
         assert same(other.unload(), before)
     head = peft.get_peft_model(pruned(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     shake(head)
-    for harmless in (head, masked(pruned())):
+    norms = peft.get_peft_model(pruned(), peft.LNTuningConfig(target_modules=["input_layernorm"]))
+    for harmless in (head, masked(pruned()), norms):
         refuse_densifying_merge(harmless, masks)
         assert not masks.violations(harmless.merge_and_unload())
     with pytest.raises(TypeError, match="PeftModel with LoRA"):

@@ -1,10 +1,12 @@
 """Retraining: every kind of trainable keeps the masks through training, saving, resuming, best-model reload and merge."""
 
 import copy
+import gc
 import runpy
 import sys
 import types
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -705,6 +707,26 @@ def test_what_an_interrupted_training_left_comes_off(callback, tmp_path):
             assert holds(each, each.pruning_masks) and torch.equal(each(input_ids=ids_for()).logits, before)
     assert max(hooks()) == 0
     attach(model, model.pruning_masks).detach()
+
+
+@pytest.mark.parametrize("kind", [KeepMasksCallback, PERPCallback])
+def test_a_finished_callback_lets_go(kind, tmp_path):
+    """Of its model; a new Trainer may have it again, but not the same one."""
+    model, callback = pruned(), kind()
+    trainer = train(model, tmp_path, callback, max_steps=1)
+    if kind is PERPCallback:
+        with pytest.raises(ValueError, match="has ended"):
+            trainer.train()
+    KeepMasksCallback().on_train_begin(None, None, None, model=model)
+    callback.release()
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.pruning_masks.parameters_of(model).values())
+    release(model)
+    train(model, tmp_path, callback, max_steps=1)
+    assert holds(model, model.pruning_masks)
+    gone = [weakref.ref(model), weakref.ref(model.pruning_report)]
+    del model, trainer
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
 
 
 def test_what_it_opened_is_closed(tmp_path):

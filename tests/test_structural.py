@@ -1,7 +1,9 @@
 """Structure: groups found by running vanish without a trace, and a model shrinks while it trains."""
 
 import copy
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -184,6 +186,18 @@ def test_shrinks_while_it_trains(options, tmp_path):
     ids = ids_for(2, 12)
     with torch.no_grad():
         assert torch.allclose(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-6)
+
+
+def test_a_finished_callback_lets_go(tmp_path):
+    """And the same Trainer may train on, also when the target is reached."""
+    callback = EfficientLLMCallback(6000, kinds=None)
+    trainer = trained(make("llama"), tmp_path, callback)
+    trainer.train()
+    assert block_parameters(groups_of(trainer.model)) <= 6000
+    gone = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert gone() is None
 
 
 def test_moments_are_cut_with_their_parameters(llama):
@@ -496,7 +510,7 @@ def test_one_shot_refuses(llama):
         hf_prune.PruningConfig("wanda", pattern="heads:0.5")
     if NEW:  # 4.57 builds a Llama of any width
         with pytest.raises(ValueError, match="no model of this architecture"):
-            llama.prune(config(pattern="hidden:0.1"), ids_for())
+            llama.prune(config(pattern="hidden:0.1", method_options={"together": {"hidden": 1}}), ids_for())
     with pytest.raises(ValueError, match="resume_dir"):
         llama.prune(config(parameters=0.5), ids_for(), resume_dir="journal")
     with pytest.raises(ValueError, match="calibration"):
