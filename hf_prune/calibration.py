@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ _TEXTS = ("text", "content")
 _CHATS = ("messages", "conversations")
 _SHARE_GPT = {"human": "user", "gpt": "assistant"}  # its turns are {"from": "human", "value": "..."}
 _ROWS = (list, tuple, numpy.ndarray)
+_ROLES = ("user", "assistant", "system", "tool", *_SHARE_GPT)
+_LONGEST_WORD = 50  # in characters; longer strings without a space are texts of languages that write none
+_ONE_SEQUENCE = 10_000_000  # ids of one sequence that come one by one, perhaps without end
 _PAPER_TRIES = 10_000
 
 
@@ -58,24 +61,30 @@ def calibration_sequences(
         source = _named(source, seed)
     elif isinstance(source, Path):
         source = _read_file(source)
-    if hasattr(source, "columns"):  # a DataFrame
-        source = {name: source[name].to_list() for name in source.columns}
+    elif isinstance(source, (bytes, bytearray)):
+        raise TypeError("calibration is bytes: give a list of texts, or token ids as a list, a tensor or an array.")
+    elif hasattr(source, "columns") and hasattr(source, "to_dict"):  # a DataFrame
+        source = _columns(source.columns, lambda index: source[source.columns[index]].to_list())
+    elif hasattr(source, "column_names") and hasattr(source, "to_pydict"):  # a Table of pyarrow
+        source = _columns(source.column_names, lambda index: source.column(index).to_pylist())
     if isinstance(source, Mapping) and any(hasattr(part, "column_names") for part in source.values()):  # a DatasetDict
         raise ValueError(f"calibration holds data sets by split: give one of {', '.join(source)}.")
     if isinstance(source, Mapping):  # columns
-        source = next((source[key] for key in _TEXTS if isinstance(source.get(key), (list, tuple))), source)
+        source = next((source[key] for key in _TEXTS if isinstance(source.get(key), _ROWS)), source)
     if isinstance(source, Tensor) and source.dim() == 1:
         source = source[None]
     if isinstance(source, torch.utils.data.Dataset) and not isinstance(source, Iterable):
-        source = map(source.__getitem__, range(len(source)))
+        source = map(source.__getitem__, range(len(source))) if hasattr(source, "__len__") else iter(source)
     items = iter(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else iter([source])
     try:
         first = next(items)
     except StopIteration:
         raise ValueError("the calibration data is empty: not one text or sequence was found in it.") from None
     items = itertools.chain([first], items)
-    if isinstance(first, Integral):
-        first = list(items)
+    if _is_id(first):
+        first = list(itertools.islice(items, _ONE_SEQUENCE))
+        if wrong := [type(item).__name__ for item in first if not _is_id(item)]:
+            raise TypeError(f"calibration has a {wrong[0]} among token ids: give one list of ids, or a list of such lists.")
         items = iter([first])
     if _is_ids(first):
         sequences = list(itertools.islice(_unpadded(items), n_samples))
@@ -154,12 +163,23 @@ def _read_file(path: Path) -> list:
     return found if path.suffix == ".jsonl" or not found else found[0]
 
 
+def _columns(names: Iterable, values: Callable[[int], list]) -> dict[Any, list]:
+    names = list(names)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"the calibration table has {names.count(twice[0])} columns {twice[0]!r}: give one of them.")
+    return {name: values(index) for index, name in enumerate(names)}
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
 def _is_ids(item: Any) -> bool:
     if isinstance(item, Mapping) or hasattr(item, "input_ids"):
         return "input_ids" in item
     if isinstance(item, (list, tuple)):
-        return bool(item) and isinstance(item[0], (Integral, Tensor, numpy.ndarray))
-    return isinstance(item, (Tensor, numpy.ndarray))
+        return bool(item) and (_is_id(item[0]) or isinstance(item[0], (Tensor, numpy.ndarray)) and _is_ids(item[0]))
+    return isinstance(item, Tensor) or isinstance(item, numpy.ndarray) and item.dtype.kind in "biuf"
 
 
 def _unpadded(items: Iterable) -> Iterator[Tensor]:
@@ -168,9 +188,15 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
         if not isinstance(item, (Tensor, numpy.ndarray, list, tuple)):
             mask = item.get("attention_mask")
             item = item["input_ids"]
-        if isinstance(item, (list, tuple)) and item and isinstance(item[0], Tensor):  # of a TensorDataset: (inputs, targets)
-            item = item[0]
-        if isinstance(item, (list, tuple)) and item and isinstance(item[0], _ROWS):  # perhaps of unequal length
+            several = isinstance(item, list) and len(item) > 1 and isinstance(item[0], Tensor)
+            if several and len({row.shape for row in item}) == 1:  # torch's collate function makes lists a tensor per position
+                raise ValueError(
+                    f"input_ids is a list of {len(item)} tensors of one shape, by sequence or by position: give one (n, length)."
+                )
+        elif isinstance(item, (list, tuple)) and item:  # (inputs, targets) of a torch Dataset, [inputs, targets] of a loader
+            if isinstance(item[0], Tensor) or isinstance(item, tuple) and isinstance(item[0], numpy.ndarray):
+                item = item[0]
+        if isinstance(item, (list, tuple)) and item and isinstance(item[0], (*_ROWS, Tensor)):  # perhaps of unequal length
             masks = [None] * len(item) if mask is None else mask
             rows = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(item, masks, strict=True) if len(row)]
             yield from _unpadded(rows)
@@ -185,29 +211,53 @@ def _unpadded(items: Iterable) -> Iterator[Tensor]:
                 yield row
 
 
-def _texts(item: Any, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+def _texts(item: Any, tokenizer: Any, named: bool = False) -> Iterator[tuple[str, bool]]:
     """The texts of an example or a batch, each with whether a chat template has put its special tokens in already."""
+    if isinstance(item, numpy.ndarray):
+        item = item.tolist()
     if isinstance(item, str):
         yield item, False
     elif isinstance(item, Mapping):
-        batch = {key: value[0] for key, value in item.items() if isinstance(value, list) and value}
-        strings, columns = ([key for key, value in of.items() if isinstance(value, str)] for of in (item, batch))
-        strings = strings or columns
-        key = next((key for key in (*_TEXTS, *_CHATS) if key in item), strings[0] if len(strings) == 1 else None)
-        if key is not None:
-            yield from _texts(item[key], tokenizer)
-            return
-        raise TypeError(
-            f"a calibration example has {len(strings) or 'no'} texts: its columns are {', '.join(map(str, item))}. Name the one that "
-            f"counts {' or '.join(map(repr, _TEXTS))}, or chats {' or '.join(map(repr, _CHATS))}, or give a list of texts."
-        )
-    elif isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
-        yield tokenizer.apply_chat_template([_turn(turn) for turn in item], tokenize=False), True
-    elif isinstance(item, (list, tuple)):
-        for part in item:
-            yield from _texts(part, tokenizer)
-    else:
+        key = _text_column(item)
+        yield from _texts(item[key], tokenizer, key in _TEXTS)
+    elif not isinstance(item, (list, tuple)):
         raise TypeError(f"calibration must hold texts, chats or token ids, found a {type(item).__name__}.")
+    elif item and isinstance(item[0], Mapping):
+        yield tokenizer.apply_chat_template([_turn(turn) for turn in item], tokenize=False), True
+    elif not named and _are_words(item):
+        raise TypeError(
+            f"calibration has a list that is no batch of texts: {str(item)[:60]}. Join words to a text; chats are lists of turns "
+            "with 'role' and 'content'."
+        )
+    else:
+        for part in item:
+            yield from _texts(part, tokenizer, named)
+
+
+def _text_column(item: Mapping) -> Any:
+    """The key of the texts: a known name, or else of the only string, or of the only strings of a batch of a DataLoader."""
+    if named := [key for key in (*_TEXTS, *_CHATS) if key in item]:
+        return named[0]
+    strings = [key for key, value in item.items() if isinstance(value, str)]
+    rows = (isinstance(value, (*_ROWS, Tensor)) and getattr(value, "ndim", 1) for value in item.values())
+    lengths = {len(value) if many else 0 for value, many in zip(item.values(), rows)}
+    if not strings and len(lengths) == 1 and lengths != {0}:
+        strings = [key for key, value in item.items() if isinstance(value[0], str)]
+    if len(strings) == 1:
+        return strings[0]
+    raise TypeError(
+        f"a calibration example has {len(strings) or 'no'} texts: its columns are {', '.join(map(str, item))}. Name the one that "
+        f"counts {' or '.join(map(repr, _TEXTS))}, or chats {' or '.join(map(repr, _CHATS))}, or give a list of texts."
+    )
+
+
+def _are_words(strings: list | tuple) -> bool:
+    """Whether those are the words of one text, or the role and the content of a turn, and not texts."""
+    if not all(isinstance(string, str) for string in strings):
+        return False
+    words = [string for string in strings if string]
+    some = len(words) > 1 and not any(len(word.split()) > 1 or len(word) > _LONGEST_WORD for word in words)
+    return some or len(words) == 2 and words[0] in _ROLES
 
 
 def _turn(turn: Mapping) -> Mapping:

@@ -19,24 +19,13 @@ from .patterns import COMPARISON_GROUPS, Pattern, Structured, Unstructured, chec
 logger = logging.get_logger(__name__)
 
 CONFIG_FILE = "pruning_config.json"
-
-
-class _Derived:
-    """Marks what a config has made of its other words, so that `dataclasses.replace`, which gives it back, makes it anew."""
-
-
-class _Word(_Derived, str): ...
-
-
-class _Number(_Derived, float): ...
-
-
-class _Options(_Derived, dict): ...
+# Fields of which one is made of others.
+_DEPENDENT = ("method", "method_options", "pattern", "sparsity", "parameters", "comparison_group", "propagate")
 
 
 @dataclass
 class PruningConfig:
-    """What to prune, how, and from how much text; to set an attribute is to make it anew with `dataclasses.replace`.
+    """What to prune, how, and from how much text; to set a field checks all anew, as `dataclasses.replace` does.
 
     Attributes:
         method: "magnitude", "wanda", "sparsegpt", "alps", "gblm", "ria", "taylor", or an instance of a `Method`.
@@ -55,12 +44,12 @@ class PruningConfig:
         parameters: with method "taylor", instead of a pattern: those of the blocks that are left, a share or a number.
 
     Raises:
-        ValueError, TypeError: a value that is not allowed, in the constructor.
+        ValueError, TypeError: a value that is not allowed; a config that exists stays as it was.
     """
 
     method: str | Method = "wanda"
     pattern: str | float | Pattern = "unstructured"
-    sparsity: float = _Number(0.5)
+    sparsity: float = 0.5
     method_options: dict[str, Any] = field(default_factory=dict)
     comparison_group: str | None = None
     propagate: str | None = None
@@ -73,25 +62,50 @@ class PruningConfig:
     seed: int = 0
     parameters: float | int | None = None
 
+    # Name -> (what was made, what was given). It is a field, so that `dataclasses.replace`, which gives what was made, gives it too.
+    _known: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_made" in self.__dict__:
-            self.__dict__.update(dataclasses.replace(self, **{name: value}).__dict__)
-        else:
-            super().__setattr__(name, value)
+        before, is_field = dict(self.__dict__), any(f.name == name for f in dataclasses.fields(PruningConfig))
+        if "_ready" in before and type(self) is PruningConfig and not is_field:
+            raise TypeError(f"a PruningConfig has no field {name!r}.")
+        super().__setattr__(name, value)
+        if "_ready" in before and is_field:
+            try:
+                PruningConfig.__post_init__(self)  # not a subclass's, which may set fields itself
+            except BaseException:
+                self.__dict__.clear()
+                self.__dict__.update(before)
+                raise
+
+    def _changed(self) -> set[str]:
+        """The fields that hold something else than was made for them; the others hold again what was given."""
+        changed = set()
+        for name, (made, given) in self._known.items():
+            value = getattr(self, name)
+            if value is made or (isinstance(value, (int, float)) and value == made):  # of a pickled number there are two
+                setattr(self, name, given)
+            else:
+                changed.add(name)
+        if "pattern" in changed and "parameters" not in changed:
+            self.parameters = None
+        elif changed & {"parameters", "sparsity"} and "pattern" not in changed:
+            if "parameters" in changed or isinstance(self._known["pattern"][0], Unstructured):
+                self.pattern = "unstructured"
+        return changed
 
     def __post_init__(self):
-        if isinstance(self.method_options, _Derived):
-            self.method_options = {}
+        self.__dict__.pop("_ready", None)
+        new = self._changed() if self._known else {"sparsity"}
+        given = {name: getattr(self, name) for name in _DEPENDENT}
         if isinstance(self.method, Method):
-            if self.method_options not in ({}, dataclasses.asdict(self.method)):  # the latter is what dataclasses.replace gives
+            if self.method_options not in ({}, dataclasses.asdict(self.method)):
                 raise ValueError("method_options go with a method's name; set the fields of the instance instead.")
         elif isinstance(self.method, str):
             self.method = make(self.method, self.method_options)
         else:
             raise TypeError(f"method must be a name ({', '.join(sorted(REGISTRY))}) or a Method, got {self.method!r}.")
-        self.method_options = (dict if self.method_options else _Options)(dataclasses.asdict(self.method))
-        if isinstance(self.pattern, Unstructured) and not isinstance(self.sparsity, _Derived):
-            self.pattern = Unstructured(self.sparsity)
+        self.method_options = dataclasses.asdict(self.method)
         if self.parameters is not None:
             same = Structured(parameters=self.parameters)
             if self.pattern not in ("unstructured", same):
@@ -103,9 +117,9 @@ class PruningConfig:
                 f"method '{self.method.name}' cannot give pattern '{self.pattern}': whole groups ('heads:0.25,ffn:0.25' or "
                 "parameters=0.8) go with method='taylor', and it with them."
             )
-        if not isinstance(self.sparsity, _Derived) and self.sparsity not in (0.5, self.pattern.sparsity):
+        if "sparsity" in new and self.sparsity not in (0.5, self.pattern.sparsity):
             logger.warning(f"sparsity={self.sparsity} is not used: pattern '{self.pattern}' means {self.pattern.sparsity:g}.")
-        self.sparsity = _Number(self.pattern.sparsity)
+        self.sparsity = self.pattern.sparsity
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             setattr(self, name, [globs] if isinstance(globs, str) else list(globs))
@@ -123,8 +137,8 @@ class PruningConfig:
         if any(isinstance(pattern, Structured) for pattern in self.overrides.values()):
             raise ValueError("overrides are patterns of weights; whole groups go from every block alike.")
         for name in ("comparison_group", "propagate"):
-            if getattr(self, name) is None or isinstance(getattr(self, name), _Derived):
-                setattr(self, name, _Word(getattr(self.method, name)))
+            if getattr(self, name) is None:
+                setattr(self, name, "".join(getattr(self.method, name)))  # an object that is no literal's
         if self.comparison_group == "block" and self.propagate == "linear":
             raise ValueError("comparison_group='block' compares a block's linears before one is pruned: use propagate='block'.")
         if self.comparison_group == "model" and self.method.needs:
@@ -137,7 +151,8 @@ class PruningConfig:
                 raise ValueError(f"{self.method.name} solves one matrix at a time: comparison_group must be 'row' or 'matrix'.")
             if self.overrides:
                 raise ValueError(f"overrides need comparison_group='row' or 'matrix', not {self.comparison_group!r}.")
-        self._made = True
+        self._known = {name: (getattr(self, name), value) for name, value in given.items()}
+        self._ready = True
 
     @property
     def needs_calibration(self) -> bool:
@@ -166,11 +181,10 @@ class PruningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "_known"}
         values["method"] = self.method.name
         values["pattern"] = "unstructured" if isinstance(self.pattern, Unstructured) else str(self.pattern)
-        values |= {"comparison_group": str(self.comparison_group), "propagate": str(self.propagate)}
-        values |= {"sparsity": float(self.sparsity), "method_options": dict(self.method_options)}
+        values["method_options"] = dict(self.method_options)
         del values["parameters"]  # the pattern says it
         values["overrides"] = {glob: str(pattern) for glob, pattern in self.overrides.items()}
         return values
@@ -182,7 +196,7 @@ class PruningConfig:
         Raises:
             ValueError: a key that no field has.
         """
-        allowed = [f.name for f in dataclasses.fields(cls)]
+        allowed = [f.name for f in dataclasses.fields(cls) if f.name != "_known"]
         if unknown := sorted(set(values) - set(allowed)):
             raise ValueError(f"unknown key {', '.join(unknown)} in a pruning config. Allowed: {', '.join(allowed)}.")
         return cls(**values)

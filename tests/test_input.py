@@ -3,18 +3,22 @@
 import copy
 import errno
 import io
+import itertools
 import json
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import datasets
+import numpy
 import pandas
 import pytest
 import torch
+import yaml
 from conftest import ids_for, make, same, snapshot
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from hf_prune import PruningConfig, calibration_sequences
+from hf_prune import PruningConfig, Wanda, calibration_sequences
+from hf_prune.patterns import Unstructured
 from hf_prune.undo import Undo
 
 
@@ -89,6 +93,64 @@ def test_a_config_that_is_changed(monkeypatch):
         again.method = "sparsegpt"
         assert again == config(method="sparsegpt", pattern="1:4") != given
     assert {type(value) for value in given.to_dict().values()} == {str, float, dict, list, int}
+    assert given == config(pattern="1:4") == PruningConfig.from_dict(yaml.safe_load(yaml.safe_dump(given.to_dict())))
+
+
+def test_what_was_given_and_what_was_made(monkeypatch):
+    monkeypatch.setattr("hf_prune.config.logger.warning", pytest.fail)
+    assert yaml.safe_load(yaml.safe_dump(asdict(config())))["comparison_group"] == "row"
+    assert config(method="sparsegpt", comparison_group=config().comparison_group).comparison_group == "row"
+    assert replace(config(method="sparsegpt", comparison_group="row"), method="alps").comparison_group == "row"
+    assert replace(config(method="sparsegpt", comparison_group="row"), comparison_group=None) == config(method="sparsegpt")
+    for first in (config(), config(sparsity=0.6), config(pattern="unstructured:0.6"), config(pattern=Unstructured(0.6))):
+        for again in (first, pickle.loads(pickle.dumps(first))):
+            assert replace(again, sparsity=0.5) == config() and replace(again, sparsity=0.7) == config(sparsity=0.7)
+            assert replace(again, pattern="2:4") == config(pattern="2:4")
+    taylor = config(method="taylor", parameters=0.8)
+    for again in (taylor, pickle.loads(pickle.dumps(taylor))):
+        assert replace(again, parameters=0.7) == config(method="taylor", parameters=0.7)
+        assert replace(again, pattern="heads:0.25") == config(method="taylor", pattern="heads:0.25")
+        assert replace(again, method="wanda", pattern="2:4") == config(pattern="2:4")
+        again.parameters = 0.6
+        assert again == config(method="taylor", parameters=0.6)
+        with pytest.raises(ValueError, match="cannot give pattern"):
+            again.parameters = None
+        assert again == config(method="taylor", parameters=0.6)
+    tuned = config(method="sparsegpt", method_options={"damping": 0.05})
+    assert replace(tuned, seed=1).method.damping == 0.05 and replace(tuned, method_options={}) == config(method="sparsegpt")
+    with pytest.raises(ValueError, match="'wanda' has no option damping"):
+        tuned.method = "wanda"
+    with pytest.raises(ValueError, match="set the fields of the instance"):
+        replace(config(method=Wanda()), method_options={"damping": 0.05})
+    assert (
+        replace(config(), method=Wanda(), seed=0) == config()
+        and replace(config(method=Wanda()), method="alps").method.name == "alps"
+    )
+    tuned.method_options = {"damping": 0.2}
+    assert tuned == config(method="sparsegpt", method_options={"damping": 0.2})
+    tuned.include.append("*.mlp.*")
+    tuned.seed = 2
+    assert tuned.include == ["*", "*.mlp.*"]
+
+
+def test_a_config_of_a_subclass():
+    class After(PruningConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self.n_samples, self.origin = 32, "here"
+
+    class Around(PruningConfig):
+        def __init__(self, *args, note, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.note, self.method = note, "sparsegpt"
+
+    @dataclass
+    class More(PruningConfig):
+        extra: int = 3
+
+    assert (After().n_samples, After(seed=3).seed, replace(After(), sparsity=0.7).sparsity) == (32, 3, 0.7)
+    assert (Around(note="a").note, Around(note="a").comparison_group) == ("a", PruningConfig("sparsegpt").comparison_group)
+    assert replace(More(extra=4), sparsity=0.7) == More(extra=4, sparsity=0.7) != More(sparsity=0.7)
 
 
 def test_masks_that_are_given(llama):
@@ -286,6 +348,36 @@ def test_columns(llama, tokenizer):
         assert torch.equal(torch.stack(known), torch.stack(other))
 
 
+@pytest.mark.parametrize(
+    "calibration,error,message",
+    [
+        (
+            [{"id": 1, "tokens": ["The", "cat"], "ner_tags": [1, 2]}],
+            TypeError,
+            "no texts: its columns are id, tokens, ner_tags",
+        ),
+        ([{"tokens": ["The", "cat"], "ner_tags": [1, 2]}], TypeError, "no batch of texts"),
+        ([{"rows": [[1], [1, 2]], "more": [["a"], ["b"]]}], TypeError, "no texts: its columns are rows, more"),
+        ([["The", "cat"], ["A", "dog"]], TypeError, r"no batch of texts: \['The', 'cat'\]. Join words"),
+        ([["user", "3 4 5 6"], ["assistant", "7 8"]], TypeError, "lists of turns with 'role' and 'content'"),
+        ([{"messages": [["user", "3 4 5 6"], ["assistant", "7 8"]]}], TypeError, "lists of turns with 'role' and 'content'"),
+        (numpy.array([["3", "4"], ["5", "6"]]), TypeError, "no batch of texts"),
+        (b"3 4 5", TypeError, "calibration is bytes"),
+        ([b"3 4 5"], TypeError, "found a bytes"),
+        ([True, False], TypeError, "found a bool"),
+        ([3, 4, None], TypeError, "a NoneType among token ids"),
+        ([3, 4, [5]], TypeError, "a list among token ids"),
+        (itertools.count(3), ValueError, "has 1000 tokens"),
+        ([{"input_ids": [torch.tensor([3, 4])] * 3}], ValueError, "by sequence or by position"),
+        (pandas.DataFrame([["3 4", "5 6"]], columns=["text", "text"]), ValueError, "2 columns 'text'"),
+    ],
+)
+def test_what_only_looks_like_texts_or_ids(tokenizer, monkeypatch, calibration, error, message):
+    monkeypatch.setattr("hf_prune.calibration._ONE_SEQUENCE", 1000)
+    with pytest.raises(error, match=message):
+        calibration_sequences(calibration, tokenizer, n_samples=2, sequence_length=4)
+
+
 def test_a_sparsity_that_the_pattern_overrules_is_named(monkeypatch):
     said = []
     monkeypatch.setattr("hf_prune.config.logger.warning", said.append)
@@ -386,6 +478,30 @@ class TestCalibration:
         ):  # fmt: skip
             found = calibration_sequences(source, tokenizer, n_samples=8, sequence_length=50)
             assert torch.equal(torch.stack(found), torch.stack(known))
+
+        class Rows(torch.utils.data.Dataset):
+            columns = ["text"]
+
+            def __getitem__(self, index):
+                return {"text": known_texts[index]}
+
+        class Stream(torch.utils.data.IterableDataset):
+            columns = ["text"]
+
+            def __iter__(self):
+                return iter(known_texts)
+
+        known_texts, array = self.texts, numpy.array(self.texts)
+        table = datasets.Dataset.from_dict({"text": self.texts}).data.table
+        for source in (Rows(), Stream(), table, array, {"text": array}, [{"text": array}], array[:, None], [["", *self.texts]]):
+            found = calibration_sequences(source, tokenizer, n_samples=4, sequence_length=50)
+            assert len(found) == 4 and (isinstance(source, list) or torch.equal(torch.stack(found), torch.stack(known[:4])))
+
+    def test_targets_are_no_sequences(self):
+        rows = [(numpy.array([3, 4, 5]), numpy.array([1])), (numpy.array([6, 7]), 2), (torch.tensor([8, 9]), torch.tensor(1))]
+        assert [f.tolist() for f in calibration_sequences(rows, n_samples=3)] == [[3, 4, 5], [6, 7], [8, 9]]
+        batch = [{"input_ids": [torch.tensor([3, 4, 5]), torch.tensor([6, 7])]}]
+        assert [f.tolist() for f in calibration_sequences(batch, n_samples=2)] == [[3, 4, 5], [6, 7]]
 
     def test_padded_lists(self):
         padded = {
