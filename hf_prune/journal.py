@@ -98,14 +98,14 @@ class Journal:
             return {key.removeprefix("mask:"): mask for key, mask in tensors.items() if key.startswith("mask:")}, report
 
     def hidden(self, finished: int, like: list[Tensor], shared: Sequence[MutableMapping] = ()) -> list[Tensor]:
-        """The hidden states after that many finished blocks, on the devices of `like`; `shared` are filled as they were."""
+        """The hidden states after that many finished blocks, on the devices of `like`; `shared` are filled as they were, on the CPU."""
         path = self._hidden(finished)
         with _part(path):
             states = load_file(path)
             for name in sorted(name for name in states if ":" in name):
                 i, key, _ = name.split(":")
                 mapping = shared[int(i)]
-                mapping[key] = (*mapping.get(key, ()), states.pop(name).to(like[0].device))
+                mapping[key] = (*mapping.get(key, ()), states.pop(name))
             return [states[key].to(other.device) for key, other in zip(sorted(states), like, strict=True)]
 
     def tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

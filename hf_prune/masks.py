@@ -140,10 +140,9 @@ class Masks(MutableMapping[str, Tensor]):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in self:
             if name not in parameters:
-                hint = (
-                    " Transformers 4.x and 5 name experts differently: hf_prune.load(..., on_mismatch='drop'), and prune again."
-                )
-                hint = hint if "expert" in name else ""
+                hint = ""
+                if "expert" in name:
+                    hint = " Transformers 4.x and 5 name them differently: hf_prune.load(..., on_mismatch='drop'), and prune again."
                 raise ValueError(f"the masks do not belong to this model: it has no parameter {name!r}.{hint}")
             if not is_quantised(parameters[name]) and tuple(parameters[name].shape) != self.shape(name):
                 raise ValueError(
