@@ -39,43 +39,63 @@ if not INTERPRETED:
             "ptx"
         ]
 
-    @pytest.mark.parametrize("rows, architecture", [(1, 80), (16, 90)])
-    def test_compiles_without_a_gpu(rows, architecture, tmp_path, monkeypatch):
-        import triton.language as tl
-
+    @pytest.mark.parametrize(
+        "rows, held, architecture", [(1, 0, 80), (4, 0, 90), (4, 1, 80), (1, 2, 90), (16, 0, 90), (16, 2, 90)]
+    )
+    def test_compiles_without_a_gpu(rows, held, architecture, tmp_path, monkeypatch):
         from hf_prune.runtimes.decode_kernel import Schedule, _few_rows, _many_rows
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        schedule = Schedule(1, 128, 1, 1, 1) if rows == 1 else Schedule(16, 32, 1, 16, 2)
+        schedule = list(Schedule.candidates(rows))[0 if rows == 1 else 2]
+        kernel, split = (_many_rows, {"SPLIT": 128}) if rows == 16 else (_few_rows, {})
         constants = {
-            "words": 128, "split": 128, "DTYPE": tl.bfloat16, "OPERAND": tl.bfloat16, "BLOCK_OUT": schedule.block_out,
-            "BLOCK_WORDS": schedule.block_words, "ROWS": schedule.rows,
+            "words": 128, "BF16": True, "HELD": held, "NATIVE": True, "BLOCK_OUT": schedule.block_out,
+            "BLOCK_WORDS": schedule.block_words, "ROWS": schedule.rows, **split,
         }  # fmt: skip
-        types = {"x": "*i64" if rows == 1 else "*bf16", "values": "*i32", "codes": "*i32", "y": "*bf16"}
+        types = {
+            "x": "*bf16" if split else "*i64",
+            "values": "*i16" if held else "*i32",
+            "codes": "*i32",
+            "scales": "*fp32",
+            "y": "*bf16",
+        }
         types |= dict.fromkeys(("rows", "out_features", "groups"), "i32")
-        text = compiled(_few_rows if rows == 1 else _many_rows, types, constants, architecture, schedule.warps)
-        # The values of a lane (of all eight, for few rows) and their codes, 16 bytes a thread.
-        assert text.count("ld.global.v4.b32") >= (9 if rows == 1 else 2)
-        assert ".local" not in text and ("mma.sync" in text) == (rows > 1)
+        text = compiled(kernel, types, constants, architecture, schedule.warps)
+        assert ".local" not in text and ("mma.sync" in text) == bool(split)
+        assert ("cvt.rn.f16x2.e4m3x2" in text) == (held == 2)
+        if not split:
+            # A lane's selectors and its x by permutations; two words a thread of codes and x, none of it handed around in the loop.
+            assert "prmt.b32" in text and "ld.global.v2.b32" in text and text.count("ld.global.v2.b64") == 8 * rows
+            assert text.count("bar.sync") <= 3
+
+    def test_the_kernels_around_eight_bits_compile_without_a_gpu(tmp_path, monkeypatch):
+        from hf_prune.runtimes.eight_bits import _quantise, _rescale
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        for q, constants in (("*i8", {"MOST": 127.0, "WHOLE": True}), ("*fp8e4nv", {"MOST": 448.0, "WHOLE": False})):
+            types = {"x": "*bf16", "q": q, "scales": "*fp32", "columns": "i32"}
+            text = compiled(_quantise, types, constants | {"BLOCK": 1024}, 90, 4)
+            assert text.count("ld.global.v4") >= 2 and ("cvt.rn.satfinite.e4m3x2" in text) == (q == "*fp8e4nv")
+        types = {"y": "*bf16", "of_rows": "*fp32", "of_columns": "*fp32", "bias": "*bf16", "out": "*bf16", "columns": "i32"}
+        assert "st.global.v4" in compiled(_rescale, types, {"BIAS": True, "BLOCK": 1024}, 90, 4)
 
     def test_the_bitmask_kernel_compiles_without_a_gpu(tmp_path, monkeypatch):
-        import triton.language as tl
-
         from hf_prune.runtimes.bitmask_kernel import _one_row
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         types = {"x": "*i64", "values": "*bf16", "codes": "*i64", "y": "*bf16", "out_features": "i32", "groups": "i32"}
-        constants = {"words": 128, "DTYPE": tl.bfloat16, "BLOCK_WORDS": 32, "BLOCK_OUT": 2, "NATIVE": True}
+        constants = {"words": 128, "BF16": True, "BLOCK_WORDS": 32, "BLOCK_OUT": 2, "NATIVE": True}
         text = compiled(_one_row, types, constants, 90, 1)
         assert "popc.b32" in text and ".local" not in text
 
 else:
     from hf_prune import PruningConfig, to_dense, to_semi_structured
-    from hf_prune.runtimes import bitmask_kernel, decode_kernel, semi_structured
+    from hf_prune.runtimes import bitmask_kernel, decode_kernel, eight_bits, plans, semi_structured
     from hf_prune.runtimes.decode_kernel import Schedule, pack, unpack
-    from hf_prune.runtimes.semi_structured import packed_linear
+    from hf_prune.runtimes.products import packed_linear
 
     DTYPES = [torch.float16, torch.bfloat16]
+    EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
     SHAPES = [(33, 70), (7, 30), (16, 256), (20, 530)]  # no multiples; groups cut off; more than one block of words
     TILES = {
         (rows, splits): Schedule(64, 16, splits, rows) for rows, splits in ((1, 1), (2, 1), (4, 1), (4, 3), (16, 1), (16, 3))
@@ -89,7 +109,7 @@ else:
         return (weight * kept).flatten(1)[:, :in_features].to(dtype)
 
     def bits(tensor):
-        return tensor.view(torch.int16)
+        return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int8)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", SHAPES)
@@ -101,6 +121,76 @@ else:
         values, codes = pack(weight)
         assert torch.equal(bits(unpack(values, codes, shape[1])), bits(weight))
         assert values.nbytes + codes.nbytes <= 0.5625 * weight.nbytes + shape[0] * 20  # at most a group and four words more
+
+    @pytest.mark.parametrize("dtype", EIGHT_BITS)
+    def test_round_trip_of_eight_bits(dtype):
+        weight = torch.randint(-128, 127, (9, 70), generator=torch.Generator().manual_seed(0)).to(torch.int8).view(dtype)
+        bits(weight)[integers(9, 70, torch.float16) == 0] = 0
+        values, codes = pack(weight)
+        assert values.dtype == dtype and torch.equal(bits(unpack(values, codes, 70)), bits(weight))
+        assert values.nbytes + codes.nbytes <= 0.625 * weight.nbytes + 9 * 18
+
+    @pytest.mark.parametrize("held", EIGHT_BITS)
+    @pytest.mark.parametrize("rows, tile", [(1, 1), (3, 2), (3, 4), (5, 4), (5, 16)])
+    def test_exact_with_eight_bits(rows, tile, held):
+        """Every number of eight bits, as fp32 holds it, and rows scaled by powers of two: sums of integers are exact."""
+        for dtype, shape in zip(DTYPES, ((33, 70), (20, 530))):
+            weight, x = integers(*shape, held, rows), integers(rows, shape[1], dtype, 1)
+            scales = 2.0 ** torch.arange(-3, shape[0] - 3).remainder(7)
+            y = packed_linear(x, *pack(weight), list(TILES[tile, 1]), scales)
+            assert y.dtype == dtype and torch.equal(y, (x.float() @ weight.float().t() * scales).to(dtype))
+        every = torch.arange(256, dtype=torch.uint8).view(held)[:, None].repeat(1, 4)
+        every[:, 1:] = 0
+        numbers = every[:, 0].float()
+        y = packed_linear(torch.ones(rows, 4).bfloat16(), *pack(every), list(TILES[tile, 1]), torch.ones(256))
+        finite = numbers.isfinite()
+        assert torch.equal(y[:, finite], numbers[finite].bfloat16().expand(rows, -1))
+
+    @pytest.mark.parametrize("dtype", EIGHT_BITS)
+    def test_quantising_and_back(dtype):
+        """Our two kernels are torch's operators; a zero stays a zero; the largest of a row is kept, and the rest to half a step."""
+        x = torch.randn(5, 1500, generator=torch.Generator().manual_seed(0)).bfloat16()
+        x[1], x[2, 3], x[3, :700] = 0.0, 100.0, 0.0
+        q, scales = eight_bits.quantised(x, dtype)
+        assert scales[1] == 1 and q.dtype == dtype and not q[x == 0].float().any()
+        back = eight_bits.dequantised(q, scales, torch.float32)
+        torch.testing.assert_close(back.abs().amax(1), x.float().abs().amax(1), rtol=1e-6, atol=0.0)
+        step = scales[:, None] if dtype == torch.int8 else torch.maximum(back.abs() / 8, scales[:, None] * 2**-9)
+        assert ((back - x.float()).abs() <= 0.5001 * step).all()
+        if dtype == torch.int8:  # the interpreter's conversion to float8 is not that of a GPU
+            by_kernel, its_scales = torch.empty_like(q), torch.empty_like(scales)
+            eight_bits._quantise[5,](x, by_kernel, its_scales, 1500, MOST=127.0, WHOLE=True, BLOCK=1024)
+            assert torch.equal(by_kernel, q) and torch.equal(its_scales, scales)
+        y, bias = torch.randn(3, 1500).bfloat16(), torch.randn(1500).bfloat16()
+        columns = torch.rand(1500)
+        for added in (None, bias):
+            out = torch.empty(3, 1500)
+            eight_bits._rescale[3, 2](y, scales[:3], columns, added, out, 1500, BIAS=added is not None, BLOCK=1024)
+            torch.testing.assert_close(
+                out, eight_bits.rescaled(y, scales[:3], columns, added, torch.float32), rtol=1e-6, atol=1e-6
+            )
+
+    @pytest.mark.parametrize("dtype", EIGHT_BITS)
+    @pytest.mark.parametrize("use", ["any", "decode"])
+    def test_a_model_of_eight_bits(pruned, use, dtype):
+        """One quantised model, whatever form runs; zeros stay, and `to_dense` gives what the weights were quantised to."""
+        model, dense = copy.deepcopy(pruned), copy.deepcopy(pruned)
+        report = to_semi_structured(model, use=use, dtype=dtype)
+        assert str(dtype) in str(report) and len(report.plans) == 6 and "not 2:4" in report.dense["lm_head"]
+        assert (report.bytes_after < 0.55 * report.bytes_before) == (use == "decode")  # small matrices: words are rounded up
+        for name in report.plans:
+            linear = dense.get_submodule(name)
+            linear.weight.data = eight_bits.dequantised(*eight_bits.quantised(linear.weight.data, dtype), torch.bfloat16)
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in dense.state_dict().items())
+        ids = torch.arange(3, 27)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, dense(ids).logits)
+            torch.testing.assert_close(model(ids[:, :4]).logits, dense(ids[:, :4]).logits, atol=0.06, rtol=0.03)
+            torch.testing.assert_close(dense(ids).logits, pruned(ids).logits, atol=0.5, rtol=0.1)
+        assert not model.pruning_masks.violations(to_dense(model))
+        assert all(torch.equal(value, other) for value, other in zip(model.parameters(), dense.parameters()))
+        assert all(value.requires_grad for value in model.parameters())
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("rows", range(1, 17))
@@ -138,6 +228,9 @@ else:
         )
         packed_linear(*arguments).sum().backward()
         assert torch.equal(x.grad, weight.sum(0).expand(2, -1))
+        x.grad, arguments = None, (x, *pack(weight.to(torch.int8)), list(TILES[16, 1]), torch.full((9,), 0.5))
+        packed_linear(*arguments).sum().backward()
+        assert torch.equal(x.grad, weight.sum(0).expand(2, -1) / 2)
 
     def test_no_rows():
         assert packed_linear(torch.zeros(0, 8).half(), *pack(torch.zeros(3, 8).half()), list(Schedule())).shape == (0, 3)
@@ -228,6 +321,8 @@ else:
             to_dense("model")
         with pytest.raises(ValueError, match="'any', 'decode', 'prefill'"):
             to_semi_structured(pruned, use="both")
+        with pytest.raises(ValueError, match="None, torch.int8, torch.float8_e4m3fn"):
+            to_semi_structured(pruned, dtype=torch.float16)
         with pytest.raises(ValueError, match="sparse tensor cores"):
             to_semi_structured(pruned, use="prefill")
         with pytest.raises(ValueError, match="not 2:4"):
@@ -255,10 +350,10 @@ else:
         from hf_prune.runtimes import advise as advising
 
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
-        monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 32, semi_structured.PREFILL_ROWS))
+        monkeypatch.setattr(plans, "ROWS", (1, 16, 32, plans.PREFILL_ROWS))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 1.0)
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
+        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 1.0)
         for in_features, fits in ((32, True), (30, False)):
             problems = advising._problems(16, in_features, torch.bfloat16)
             shape = advising.Shape(16, in_features, 1, problems=problems)
@@ -271,7 +366,7 @@ else:
     @pytest.mark.parametrize("forms", [("cutlass",), ("decode", "cutlass"), ("decode", "cutlass", "dense")])
     def test_library_forms(forms, monkeypatch):
         """CUTLASS's form can be made on a CPU, though not multiplied: what a model holds, copies and gives back."""
-        kind = semi_structured.LIBRARIES["cutlass"]
+        kind = plans.LIBRARIES["cutlass"]
         monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
         linear = torch.nn.Linear(128, 64).half()
         linear.weight.data = weight = integers(64, 128, torch.float16) + 0.0
@@ -282,7 +377,7 @@ else:
             0.0,
         )  # two in every group: the values are those of both forms
         steps = tuple((10.0**i, form) for i, form in enumerate(forms))
-        monkeypatch.setattr(semi_structured, "_interpreted_plan", lambda *_: semi_structured.Plan(steps))
+        monkeypatch.setattr(semi_structured, "interpreted_plan", lambda *_: plans.Plan(steps))
         model = torch.nn.Sequential(linear)
         report = to_semi_structured(model)
         dense = 1.0 if "dense" in forms else 0.0
@@ -331,8 +426,9 @@ else:
         full = model.model.layers[0].self_attn.o_proj
         full.weight.data.normal_()
         dense, before = copy.deepcopy(model), snapshot(model)
-        with pytest.raises(ValueError, match="not 2:4 but unstructured:0.5"):
-            to_semi_structured(model, use="prefill")
+        for words in ({"use": "prefill"}, {"dtype": torch.int8}):
+            with pytest.raises(ValueError, match="not 2:4 but unstructured:0.5"):
+                to_semi_structured(model, **words)
         report = to_semi_structured(model, use=use)
         assert "bitmask to 4 rows" in str(report) and "not 2:4" in report.dense["model.layers.0.self_attn.o_proj"]
         assert (report.bytes_after < 0.75 * report.bytes_before) == (use == "decode")
@@ -356,22 +452,22 @@ else:
             y = y if bias is None else y + bias[:, None]
             return y.t().contiguous() if transpose_result else y
 
-        kind = semi_structured.LIBRARIES["cusparselt"]
+        kind = plans.LIBRARIES["cusparselt"]
         monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
         monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone()[None])
         monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda compressed, dense, **words: dense.shape[1] // 8)
-        monkeypatch.setattr(semi_structured, "ROWS", (1, 8, 16, 32, semi_structured.PREFILL_ROWS))
+        monkeypatch.setattr(plans, "ROWS", (1, 8, 16, 32, plans.PREFILL_ROWS))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
+        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
         linear = torch.nn.Linear(32, 16, bias=bias).bfloat16()
         linear.weight.data = weight = integers(16, 32, torch.bfloat16) + 0.0
-        assert "float16" in semi_structured.measured_plan(weight.half(), None, "any").missing["cusparselt"]
-        plan = semi_structured.measured_plan(weight, linear.bias, "any")
+        assert "float16" in plans.measured_plan(weight.half(), None, "any").missing["cusparselt"]
+        plan = plans.measured_plan(weight, linear.bias, "any")
         assert plan.steps == ((float("inf"), "cusparselt"),)
         assert plan.algorithms == ((8, 1), (16, 2), (32, 4), (2048, 256), (float("inf"), 256))
-        monkeypatch.setattr(semi_structured, "_interpreted_plan", lambda *_: plan)
+        monkeypatch.setattr(semi_structured, "interpreted_plan", lambda *_: plan)
         model, dense = torch.nn.Sequential(linear), copy.deepcopy(linear)
         assert to_semi_structured(model).bytes_after == weight.nbytes
         for rows, expected in ((1, (8, 1)), (8, (8, 1)), (9, (16, 2)), (20, (24, 4)), (3000, (3000, 256))):
@@ -380,7 +476,55 @@ else:
         assert torch.equal(model.state_dict()["0.weight"], weight)
         assert torch.equal(to_dense(model)[0].weight, weight)
 
-    def test_a_failure_half_way_changes_nothing(pruned, monkeypatch):
+    @pytest.mark.parametrize("dtype", EIGHT_BITS)
+    def test_cusparselt_of_eight_bits(dtype, monkeypatch):
+        """The same of 8 bits: sixteen rows at least, activations quantised by token, weights given back as they were quantised."""
+        called = []
+
+        def product(compressed, dense, bias=None, *, transpose_result=False, alg_id=0, out_dtype):
+            assert (
+                bias is None and compressed.dtype == dense.dtype == dtype and (dense.shape[1] % 16 == 0 or not transpose_result)
+            )
+            called.append((dense.shape[1], alg_id))
+            y = (compressed[0].float() @ dense.float()).to(out_dtype)
+            return y.t().contiguous() if transpose_result else y
+
+        def search(compressed, dense, **words):
+            assert dense.dtype == dtype and words == {"bias": None, "transpose_result": True, "out_dtype": torch.bfloat16}
+            return dense.shape[1] // 16
+
+        kind = plans.LIBRARIES["cusparselt"]
+        monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", classmethod(lambda cls, tensor: None))
+        monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone()[None])
+        monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+        monkeypatch.setattr(plans, "ROWS", (1, 8, 16, 32, plans.PREFILL_ROWS))
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
+        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
+        linear = torch.nn.Linear(64, 16).bfloat16()
+        linear.weight.data.masked_fill_(integers(16, 64, torch.bfloat16) == 0, 0.0)
+        plan = plans.measured_plan(linear.weight.data, linear.bias, "any", dtype)
+        assert set(plan.missing) == {"cutlass"} and "8 bits" in plan.missing["cutlass"], plan.missing
+        assert plan.steps == ((float("inf"), "cusparselt"),)
+        assert plan.algorithms == ((16, 1), (32, 2), (2048, 128), (float("inf"), 128))
+        monkeypatch.setattr(semi_structured, "interpreted_plan", lambda *_: plan)
+        model, dense = torch.nn.Sequential(copy.deepcopy(linear)), linear
+        assert (
+            to_semi_structured(model, dtype=dtype).bytes_after == 0.5 * linear.weight.nbytes + 16 * 4
+        )  # not halved: this is no library
+        dense.weight.data = eight_bits.dequantised(*eight_bits.quantised(dense.weight.data, dtype), torch.bfloat16)
+        for rows, expected in ((1, (16, 1)), (17, (32, 2)), (3000, (3008, 128))):
+            x = torch.randn(rows, 64).bfloat16()
+            q, scales = eight_bits.quantised(x, dtype)
+            close = dense(eight_bits.dequantised(q, scales, torch.bfloat16))
+            torch.testing.assert_close(model(x), close, atol=0.03, rtol=0.02)
+            assert called[-1] == expected
+        assert torch.equal(model.state_dict()["0.weight"], dense.weight)
+        assert torch.equal(to_dense(model)[0].weight, dense.weight)
+
+    @pytest.mark.parametrize("dtype", [None, torch.int8])
+    def test_a_failure_half_way_changes_nothing(pruned, dtype, monkeypatch):
         model, calls = copy.deepcopy(pruned), []
 
         def fail(weight):
@@ -391,22 +535,22 @@ else:
 
         monkeypatch.setattr(decode_kernel, "pack", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            to_semi_structured(model)
+            to_semi_structured(model, dtype=dtype)
         assert all(type(module) is type(other) for module, other in zip(model.modules(), pruned.modules()))
         assert all(torch.equal(value, other) for value, other in zip(model.parameters(), pruned.parameters()))
 
     def test_plans_follow_what_was_measured(monkeypatch):
         """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""
         infinity = float("inf")
-        monkeypatch.setattr(semi_structured, "ROWS", (1, 16, 2048))
+        monkeypatch.setattr(plans, "ROWS", (1, 16, 2048))
         monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(semi_structured, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
-        plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
+        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
+        plan = plans.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
         assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16, infinity] and plan.eager == plan.steps
-        monkeypatch.setattr(semi_structured, "_host_milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 0.1)
-        plan = semi_structured.measured_plan(integers(16, 32, torch.float16), None)
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 0.1)
+        plan = plans.measured_plan(integers(16, 32, torch.float16), None)
         assert str(plan) == "decode to 16 rows, dense above; eager: dense" and plan.forms == {"decode", "dense"}
         linear = torch.nn.Linear(32, 16, bias=False).half()
         linear.weight.data = integers(16, 32, torch.float16)
@@ -422,14 +566,19 @@ else:
         assert ran == [1, 3]
         monkeypatch.undo()
 
-        spent = {
-            rows: {"dense": 1.0, "cusparselt": 0.5 if rows >= 1024 else 2.0, "cutlass": 0.9} for rows in semi_structured.ROWS
-        }
+        spent = {rows: {"dense": 1.0, "cusparselt": 0.5 if rows >= 1024 else 2.0, "cutlass": 0.9} for rows in plans.ROWS}
         for rows in (1, 2, 4, 8, 16):
             spent[rows] |= {"decode": 0.6 if rows < 16 else 0.99, "cutlass": 3.0}
-        assert semi_structured._steps(spent, "any") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
-        assert semi_structured._steps(spent, "decode") == ((16, "decode"), (infinity, "unpacked"))
-        assert semi_structured._steps(spent, "prefill") == ((infinity, "cusparselt"),)
-        plan = semi_structured.Plan(semi_structured._steps(spent, "any"))
+        assert plans._steps(spent, "any") == ((8, "decode"), (512, "dense"), (infinity, "cusparselt"))
+        for rows in (1024, 2048, 4096):  # dense takes longer there, so that of 513 rows it is not known what is faster
+            spent[rows] |= {"dense": 2.0, "cusparselt": 1.0, "cutlass": 3.0}
+        assert plans._steps(spent, "any") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
+        eight_bits_spent = {
+            rows: {"dense": 1.0, "cusparselt": 0.7} | ({"decode": 0.4} if rows < 8 else {}) for rows in plans.ROWS
+        }
+        assert plans._steps(eight_bits_spent, "any") == ((4, "decode"), (infinity, "cusparselt"))
+        assert plans._steps(spent, "decode") == ((16, "decode"), (infinity, "unpacked"))
+        assert plans._steps(spent, "prefill") == ((infinity, "cusparselt"),)
+        plan = plans.Plan(plans._steps(spent, "any"))
         assert [plan.form(rows) for rows in (1, 8, 9, 1023, 1024, 9999)] == ["decode"] * 2 + ["dense"] * 2 + ["cusparselt"] * 2
         assert decode_kernel.MAX_ROWS == 16

@@ -221,7 +221,8 @@ def _measure(
 
 def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Contender -> rows -> milliseconds, and why others have none; as `to_semi_structured` would find them."""
-    from .semi_structured import check_triton, measured_plan, milliseconds, sample
+    from .plans import measured_plan, milliseconds, sample
+    from .semi_structured import check_triton
 
     check_triton()
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)

@@ -17,17 +17,17 @@ time, and a gain that is far from the limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
-from triton.language.extra import libdevice
 
-from .decode_kernel import DTYPES, _half, as_groups, check_matrix, current
+from .decode_kernel import as_groups, check_matrix, current, high_half, low_half
 
 
 MAX_ROWS = 4
@@ -81,18 +81,19 @@ def _eight(device: torch.device) -> Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
 
 
-def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
-    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W, which is read anew for each row."""
-    rows, (out_features, words) = len(x), codes.shape
-    if not rows:
+def linear(
+    x: Tensor, values: Tensor, codes: Tensor, how: Schedule, scales: None = None, trace: Callable[[Any], Any] | None = None
+) -> Tensor:
+    """x Wᵀ (rows, out) of `x` (rows, in), in the dtype of the packed W, which is read anew for each row; `trace` as of the 2:4 kernel."""
+    rows, (out_features, words) = x.shape[0], codes.shape
+    x = as_groups(x, values, bool(trace))
+    if not trace and not rows:
         return x.new_empty(0, out_features)
-    x = as_groups(x, values)
     y = x.new_empty(rows, out_features, dtype=x.dtype if x.is_cuda else torch.float32)  # the interpreter does not round well
-    with current(x.device):
-        _one_row[triton.cdiv(out_features, how.block_out), rows](
-            x.view(torch.int64), values, codes, y, out_features, x.shape[1] // 4, words,
-            DTYPE=DTYPES[x.dtype], BLOCK_WORDS=how.block_words, BLOCK_OUT=how.block_out, NATIVE=x.is_cuda,
-            num_warps=how.warps,
+    with contextlib.nullcontext() if trace else current(x.device):
+        (trace(_one_row) if trace else _one_row)[triton.cdiv(out_features, how.block_out), rows](
+            x.view(torch.int64), values, codes, y, out_features, x.shape[1] // 4, words, BF16=x.dtype == torch.bfloat16,
+            BLOCK_WORDS=how.block_words, BLOCK_OUT=how.block_out, NATIVE=x.is_cuda, num_warps=how.warps,
         )  # fmt: skip
     return y.to(values.dtype)
 
@@ -101,7 +102,7 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, how: Schedule) -> Tensor:
 def _bits_set(word, NATIVE: tl.constexpr):
     """Number of bits that are set in each int32."""
     if NATIVE:
-        return libdevice.popc(word)
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     return (((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24) & 0xFF
@@ -129,7 +130,7 @@ def _products(values, codes, out, out_features, word, words, x0, x1, x2, x3, NAT
 @triton.jit
 def _one_row(
     x, values, codes, y, out_features, groups, words: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, NATIVE: tl.constexpr,
+    BF16: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_OUT: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One row of x, int64 (rows, groups), with BLOCK_OUT of W -> y (rows, out)."""
     out = tl.program_id(0) * BLOCK_OUT
@@ -140,8 +141,8 @@ def _one_row(
         word = start + tl.arange(0, BLOCK_WORDS)
         group = word[:, None] * 8 + tl.arange(0, 8)[None, :]
         quad = tl.load(x + group, mask=group < groups, other=0)
-        x0, x1 = _half(quad, 0, DTYPE).to(tl.float32), _half(quad, 16, DTYPE).to(tl.float32)
-        x2, x3 = _half(quad, 32, DTYPE).to(tl.float32), _half(quad, 48, DTYPE).to(tl.float32)
+        left, right = quad.to(tl.int32), (quad >> 32).to(tl.int32)
+        x0, x1, x2, x3 = low_half(left, BF16), high_half(left, BF16), low_half(right, BF16), high_half(right, BF16)
         a += _products(values, codes, out, out_features, word, words, x0, x1, x2, x3, NATIVE)
         if BLOCK_OUT > 1:
             b += _products(values, codes, out + 1, out_features, word, words, x0, x1, x2, x3, NATIVE)
