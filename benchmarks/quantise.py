@@ -2,6 +2,8 @@
 
 `python benchmarks/quantise.py IDS` with a safetensors file of `calibration` and `evaluation` ids, as for benchmarks/export.py, whose
 pruned model it takes or makes. torchao and bitsandbytes quantise the linears of the blocks, nncf those, the embedding and the head.
+"Packed" is what `to_semi_structured(dtype=...)` multiplies on a GPU, computed here in float32 with the same numbers: weights of 8 bits for
+a few rows; for many the activations too, token by token.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, Per
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_prune
+from hf_prune.runtimes.eight_bits import dequantised, quantised
 
 
 SCHEMES = {
@@ -27,6 +30,10 @@ SCHEMES = {
     "torchao int4, groups of 64": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
     "bitsandbytes int8": BitsAndBytesConfig(load_in_8bit=True),
     "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32),
+    "packed int8, a few rows": torch.int8,
+    "packed int8, many rows": torch.int8,
+    "packed fp8, a few rows": torch.float8_e4m3fn,
+    "packed fp8, many rows": torch.float8_e4m3fn,
     "nncf int8 (OpenVINO)": "int8",
     "nncf int4, groups of 64": "int4",
 }
@@ -45,6 +52,22 @@ def stored_bytes(model: torch.nn.Module) -> int:
                 seen.add(tensor.data_ptr())
                 total += tensor.numel() * tensor.element_size()
     return total
+
+
+def pack(model: torch.nn.Module, dtype: torch.dtype, many: bool) -> int:
+    """Quantises the pruned linears as they are packed, and their inputs if there are `many`; returns the bytes saved by packing."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return dequantised(*quantised(x.flatten(0, -2), dtype), x.dtype).view(x.shape)
+
+    saved = 0
+    for name in model.pruning_masks:
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        linear.weight.data = rounded(linear.weight.data)
+        saved += linear.weight.numel() * linear.weight.element_size() - linear.weight.numel() * 5 // 8 - len(linear.weight) * 4
+        if many:
+            linear.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
+    return saved
 
 
 def compressed(source: pathlib.Path, weights: str) -> pathlib.Path:
@@ -88,6 +111,11 @@ def main():
                     model.save_pretrained(folder)
                     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
                     checked = hf_prune.check_zeros(model) if name == "2:4" else 0
+            elif scheme.startswith("packed"):
+                if name == "2:4":
+                    size = stored_bytes(model) - pack(model, config, scheme.endswith("many rows"))
+                    tell(scheme, name, hf_prune.check_zeros(model), size, perplexity(model, windows))
+                continue
             elif config is not None and name == "dense":
                 quantize_(
                     model, config, filter_fn=lambda module, path: isinstance(module, torch.nn.Linear) and "layers" in path

@@ -118,6 +118,8 @@ def test_recommendation():
     assert advising._recommendation(speed(**slow))[0] == "nothing"
     gpu = {"2:4, our decode kernel": (1.7, 1.5, 1.0), "2:4, cuSPARSELt": (0.1, 0.2, 1.6)}
     assert advising._recommendation(speed(**structured, **gpu))[0] == "2:4"
+    kind, why = advising._recommendation(speed(**structured, **dict.fromkeys(advising.EIGHT_BITS, (2.5, 2.0, 2.0))))
+    assert kind == "structured" and "quantised too: 2:4 int8, packed (2.50x at 1, 2.00x at 2, 2.00x at 3)" in why
     assert advising._recommendation(speed(**{"50 %, x": (1.5, 1.5, 1.5)}))[0] == "unstructured"
     runtime = {"dense, OpenVINO CPU": (2.0, 1.5, 1.0), "2:4, OpenVINO CPU": (2.02, 1.5, 1.0)}
     kind, why = advising._recommendation(speed(**runtime))  # it is the runtime that gains, not its zeros

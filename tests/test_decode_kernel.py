@@ -46,7 +46,7 @@ if not INTERPRETED:
         from hf_prune.runtimes.decode_kernel import Schedule, _few_rows, _many_rows
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        schedule = list(Schedule.candidates(rows))[0 if rows == 1 else 2]
+        schedule = list(Schedule.candidates(rows))[{1: 0, 4: 2, 16: 3}[rows]]
         kernel, split = (_many_rows, {"SPLIT": 128}) if rows == 16 else (_few_rows, {})
         constants = {
             "words": 128, "BF16": True, "HELD": held, "NATIVE": True, "BLOCK_OUT": schedule.block_out,
@@ -68,12 +68,39 @@ if not INTERPRETED:
             assert "prmt.b32" in text and "ld.global.v2.b32" in text and text.count("ld.global.v2.b64") == 8 * rows
             assert text.count("bar.sync") <= 3
 
+    def test_torch_compile_takes_a_schedule_for_numbers():
+        """It sees through the operator to the kernel, whose launch must not hang on variables, as lists of integers become."""
+        from torch._functorch.aot_autograd import aot_module_simplified
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        from hf_prune.runtimes.decode_kernel import pack
+        from hf_prune.runtimes.products import packed_linear
+
+        values, codes = pack(torch.zeros(16, 64).bfloat16())
+        graphs = []
+
+        def seen(graph, inputs):
+            graphs.append(graph)
+            raise StopIteration
+
+        @torch.compile(backend=lambda graph, inputs: aot_module_simplified(graph, inputs, fw_compiler=seen), dynamic=True)
+        def product(x, warps):
+            return packed_linear(x, values, codes, [4, 64, 1, 1, warps, 1])
+
+        kernel_side_table.reset_table()
+        with pytest.raises(Exception, match="StopIteration"), torch.no_grad():
+            product(torch.zeros(1, 64).bfloat16(), 4)
+        (node,) = [node for node in graphs[0].graph.nodes if "triton_kernel" in str(node.target)]
+        assert node.kwargs["kwargs"]["BLOCK_OUT"] == 4 and type(node.kwargs["kwargs"]["BLOCK_OUT"]) is int
+        kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+        assert [(type(config.num_warps), config.num_warps) for config in kernel.configs] == [(int, 4)]
+
     def test_the_kernels_around_eight_bits_compile_without_a_gpu(tmp_path, monkeypatch):
         from hf_prune.runtimes.eight_bits import _quantise, _rescale
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         for q, constants in (("*i8", {"MOST": 127.0, "WHOLE": True}), ("*fp8e4nv", {"MOST": 448.0, "WHOLE": False})):
-            types = {"x": "*bf16", "q": q, "scales": "*fp32", "columns": "i32"}
+            types = {"x": "*bf16", "q": q, "scales": "*fp32", "rows": "i32", "columns": "i32"}
             text = compiled(_quantise, types, constants | {"BLOCK": 1024}, 90, 4)
             assert text.count("ld.global.v4") >= 2 and ("cvt.rn.satfinite.e4m3x2" in text) == (q == "*fp8e4nv")
         types = {"y": "*bf16", "of_rows": "*fp32", "of_columns": "*fp32", "bias": "*bf16", "out": "*bf16", "columns": "i32"}
@@ -158,9 +185,11 @@ else:
         step = scales[:, None] if dtype == torch.int8 else torch.maximum(back.abs() / 8, scales[:, None] * 2**-9)
         assert ((back - x.float()).abs() <= 0.5001 * step).all()
         if dtype == torch.int8:  # the interpreter's conversion to float8 is not that of a GPU
-            by_kernel, its_scales = torch.empty_like(q), torch.empty_like(scales)
-            eight_bits._quantise[5,](x, by_kernel, its_scales, 1500, MOST=127.0, WHOLE=True, BLOCK=1024)
-            assert torch.equal(by_kernel, q) and torch.equal(its_scales, scales)
+            by_kernel, its_scales = torch.empty(8, 1500, dtype=dtype), torch.empty(8)
+            eight_bits._quantise[8,](x, by_kernel, its_scales, 5, 1500, MOST=127.0, WHOLE=True, BLOCK=1024)
+            padded = eight_bits.quantised(x, dtype, 8)
+            assert torch.equal(by_kernel, padded[0]) and torch.equal(its_scales, padded[1])
+            assert torch.equal(by_kernel[:5], q) and not by_kernel[5:].any()
         y, bias = torch.randn(3, 1500).bfloat16(), torch.randn(1500).bfloat16()
         columns = torch.rand(1500)
         for added in (None, bias):
@@ -362,6 +391,8 @@ else:
             assert spent["50 %, our bitmask kernel"] == {1: 0.5, 16: 1.0, 32: 1.0}
             assert spent.get("2:4, our decode kernel") == ({1: 0.5, 16: 0.5, 32: 1.0} if fits else None)
             assert set(missing) == ({"2:4, torch CUTLASS", "2:4, cuSPARSELt"} if fits else set())
+            for name in advising.EIGHT_BITS:
+                assert spent.get(name) == ({1: 0.5, 16: 0.5, 32: 1.0} if fits else None)
 
     @pytest.mark.parametrize("forms", [("cutlass",), ("decode", "cutlass"), ("decode", "cutlass", "dense")])
     def test_library_forms(forms, monkeypatch):
@@ -548,7 +579,7 @@ else:
         monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
         plan = plans.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
-        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 16, infinity] and plan.eager == plan.steps
+        assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 8, 16, infinity] and plan.eager == plan.steps
         monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 0.1)
         plan = plans.measured_plan(integers(16, 32, torch.float16), None)
         assert str(plan) == "decode to 16 rows, dense above; eager: dense" and plan.forms == {"decode", "dense"}

@@ -36,6 +36,7 @@ LARGEST = 2**22  # weights of a matrix that is timed on a CPU: of larger ones so
 DENSE, STRUCTURED = "dense, torch", f"structured, {KEPT:.0%} kept"
 FORMS = {"cutlass": "2:4, torch CUTLASS", "cusparselt": "2:4, cuSPARSELt", "decode": "2:4, our decode kernel"}
 BITMASK = "50 %, our bitmask kernel"
+EIGHT_BITS = {"2:4 int8, packed": torch.int8, "2:4 fp8, packed": torch.float8_e4m3fn}
 LIBRARIES = {  # whose kernels have least sizes
     FORMS["cutlass"]: torch.sparse.SparseSemiStructuredTensorCUTLASS,
     FORMS["cusparselt"]: torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
@@ -201,7 +202,7 @@ def _measure(
     shapes: list[Shape], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Contender -> rows -> speed over dense, of all linears together; and why others have none."""
-    elsewhere = ON_CPU if device.type == "cuda" else (*FORMS.values(), BITMASK)
+    elsewhere = ON_CPU if device.type == "cuda" else (*FORMS.values(), BITMASK, *EIGHT_BITS)
     missing = dict.fromkeys(elsewhere, "a CPU's" if device.type == "cuda" else "no CUDA device")
     missing["2:4, TensorRT"] = "it runs exported models, and none is made here"
     if device.type == "cpu":
@@ -228,6 +229,11 @@ def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dic
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
     smaller = weight[: math.ceil(KEPT * len(weight))].clone()
     plans = [measured_plan(_with_zeros(weight, pattern), None) for pattern in ("50 %", "2:4") if pattern not in shape.problems]
+    eight = {
+        name: measured_plan(_with_zeros(weight, "2:4"), None, dtype=of)
+        for name, of in EIGHT_BITS.items()
+        if "2:4" not in shape.problems
+    }
     names = {"dense": DENSE, "bitmask": BITMASK, **FORMS}
     spent: dict[str, dict[int, float]] = {STRUCTURED: {}}
     for rows in ROWS:
@@ -236,7 +242,14 @@ def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dic
             by_form = plan.milliseconds[rows]
             for form in plan.milliseconds[ROWS[0]]:  # our kernels are for a few rows: above, dense runs
                 spent.setdefault(names[form], {})[rows] = by_form.get(form, by_form["dense"])
-    return spent, {names[form]: f"{shape}: {why}" for plan in plans for form, why in plan.missing.items()}
+        for name, plan in eight.items():
+            if len(plan.milliseconds[ROWS[0]]) > 1:
+                spent.setdefault(name, {})[rows] = plan.milliseconds[rows][plan.form(rows)]
+    missing = {names[form]: f"{shape}: {why}" for plan in plans for form, why in plan.missing.items()}
+    for name, plan in eight.items():
+        if name not in spent:
+            missing[name] = f"{shape}: {'; '.join(plan.missing.values())}"
+    return spent, missing
 
 
 def _on_cpu(shape: Shape, dtype: torch.dtype) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
@@ -367,6 +380,7 @@ def _sizes(model: PreTrainedModel, shapes: list[Shape], dtype: torch.dtype) -> d
         sizes["2:4, compact folder"] = rest + linears // 2 + coded, whole
         if dtype.itemsize == 2:
             sizes["2:4, packed for decoding on a GPU"] = whole + coded, rest + linears * 9 // 16
+            sizes["2:4 in 8 bits, packed for decoding on a GPU"] = whole + coded, rest + linears * 5 // 16
     sizes["50 %, compact folder"] = rest + linears // 2 + bits, whole
     if dtype.itemsize == 2:
         sizes["50 %, packed for decoding on a GPU"] = whole + bits, rest + linears * 5 // 8
@@ -383,6 +397,7 @@ def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
             gains[name] = [gain / max(1.0, dense.get(runtime, {}).get(rows, 1.0)) for rows, gain in by_rows.items()]
     if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
         gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
+    lossy = [f"{name} ({_words(gains.pop(name))})" for name in EIGHT_BITS if name in gains]
     words = {name: _words(of) for name, of in gains.items()}
     good = {name: _mean(of) for name, of in gains.items() if min(of) > 0.95}
     best = max(good, key=good.get, default=None)
@@ -390,6 +405,7 @@ def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
     rest = f" No gain in speed: {'; '.join(vain)}; zeros still make compact files smaller." if vain else ""
     faster = [f"{name} ({_words(of.values())})" for name, of in dense.items() if _mean(of.values()) > GAIN]
     rest += f" Faster without any pruning, exported: {'; '.join(faster)}." if faster else ""
+    rest += f" Faster, but quantised too: {'; '.join(lossy)}." if lossy else ""
     if best is None or good[best] < GAIN:
         return "nothing", f"No pattern gains {GAIN}x here.{rest}"
     pattern = {"2:4": "2:4", "50 %": "unstructured"}.get(best.split(", ")[0], "structured")

@@ -35,7 +35,7 @@ from torch.nn import functional
 
 
 MAX_ROWS = 16
-TUNED_ROWS = (1, 2, 4, MAX_ROWS)
+TUNED_ROWS = (1, 2, 4, 8, MAX_ROWS)
 DTYPES = (torch.float16, torch.bfloat16)
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
@@ -56,12 +56,10 @@ class Schedule(NamedTuple):
         tiles = {
             1: ((1, 64, 1), (4, 64, 1), (4, 64, 4), (1, 128, 2), (2, 128, 2), (4, 128, 2)),
             2: ((1, 64, 1), (2, 64, 1), (8, 64, 4)),
-            4: ((1, 64, 1), (2, 64, 1), (4, 64, 1)),
-            MAX_ROWS: ((2, 64, 1), (4, 64, 1)),
         }
-        for block_out, block_words, warps in tiles[rows]:
+        for block_out, block_words, warps in tiles.get(rows, ((1, 64, 1), (2, 64, 1), (4, 64, 1))):
             yield cls(block_out, block_words, 1, min(rows, 4), warps)
-        if rows == MAX_ROWS:
+        if rows > 4:
             yield cls(16, 32, 4, MAX_ROWS, 2, 3)
             yield cls(16, 32, 1, MAX_ROWS, 2, 3)
 

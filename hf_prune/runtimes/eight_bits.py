@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from .decode_kernel import current
 
@@ -20,17 +21,21 @@ TOLERANCE = {torch.int8: 0.05, torch.float8_e4m3fn: 0.1}  # of the largest outpu
 BLOCK = 1024
 
 
-def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantised(x: Tensor, dtype: torch.dtype, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """`x` (rows, columns) as q (rows, columns) in `dtype`, one of int8 and float8_e4m3fn, and s (rows,) float32 with x ≈ s q.
 
-    Rows of zeros have s = 1.
+    Rows of zeros have s = 1; with `rows` there are so many, those past x of zeros.
     """
+    rows = len(x) if rows is None else rows
     if x.is_cuda and not torch.compiler.is_compiling() and len(x):
         x = x.contiguous()
-        q, scales = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
+        q, scales = x.new_empty(rows, x.shape[1], dtype=dtype), x.new_empty(rows, dtype=torch.float32)
         with current(x.device):
-            _quantise[len(x),](x, q, scales, x.shape[1], MOST=MOST[dtype], WHOLE=dtype == torch.int8, BLOCK=BLOCK, num_warps=4)
+            _quantise[rows,](
+                x, q, scales, len(x), x.shape[1], MOST=MOST[dtype], WHOLE=dtype == torch.int8, BLOCK=BLOCK, num_warps=4
+            )
         return q, scales
+    x = functional.pad(x, (0, 0, 0, rows - len(x)))
     most = x.abs().amax(-1, keepdim=True).float() / MOST[dtype]
     scales = torch.where(most > 0, most, 1.0)
     q = x.float() / scales
@@ -62,20 +67,21 @@ def rescaled(y: Tensor, of_rows: Tensor, of_columns: Tensor, bias: Tensor | None
     return (y if bias is None else y + bias).to(dtype)
 
 
-@triton.jit
-def _quantise(x, q, scales, columns, MOST: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _quantise(x, q, scales, rows, columns, MOST: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """One row of x: its largest magnitude, then all of it again, which is still in the cache."""
     row = tl.program_id(0).to(tl.int64) * columns
+    there = tl.where(tl.program_id(0) < rows, columns, 0)
     most = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, tl.abs(tl.load(x + row + column, mask=column < columns, other=0.0).to(tl.float32)))
+        most = tl.maximum(most, tl.abs(tl.load(x + row + column, mask=column < there, other=0.0).to(tl.float32)))
     scale = tl.max(most, 0) / MOST
     scale = tl.where(scale > 0, scale, 1.0)
     tl.store(scales + tl.program_id(0), scale)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row + column, mask=column < columns, other=0.0).to(tl.float32) / scale
+        value = tl.load(x + row + column, mask=column < there, other=0.0).to(tl.float32) / scale
         if WHOLE:
             value = tl.floor(value + 0.5)
         tl.store(q + row + column, value.to(q.dtype.element_ty), mask=column < columns)

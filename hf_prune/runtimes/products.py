@@ -51,9 +51,8 @@ def unpacked(values: Tensor, codes: Tensor, scales: Tensor | None, in_features: 
 def _packed_linear(x: Tensor, values: Tensor, codes: Tensor, schedule: list[int], scales: Tensor | None = None) -> Tensor:
     """x Wᵀ (rows, out) by the kernel that `codes` are of, as an operator of torch; `schedule` is a `Schedule` of that kernel."""
     kernel, interpreted = kernel_of(codes), decode_kernel.triton.knobs.runtime.interpret
-    return kernel.linear(
-        x, values, codes, kernel.Schedule(*schedule), scales, None if interpreted else torch.library.wrap_triton
-    )
+    schedule = kernel.Schedule(*map(int, schedule))  # torch.compile takes numbers that differ from call to call for variables
+    return kernel.linear(x, values, codes, schedule, scales, None if interpreted else torch.library.wrap_triton)
 
 
 if decode_kernel is None or decode_kernel.triton.knobs.runtime.interpret:
@@ -95,14 +94,13 @@ def cusparselt_product(
     """By cuSPARSELt's operator rather than its tensor, which knows one algorithm for all numbers of rows, gives back a transposed
     result, and has no scales. With `scales` x is quantised as the weight is, token by token."""
     rows, multiple = len(x), LEAST_ROWS[packed.dtype.itemsize]
-    if rows % multiple:
-        x = functional.pad(x, (0, 0, 0, -rows % multiple))
-    algorithm = at(algorithms, rows)
+    padded, algorithm = rows + -rows % multiple, at(algorithms, rows)
     if scales is None:
-        return torch._cslt_sparse_mm(packed, x.contiguous().t(), bias=bias, transpose_result=True, alg_id=algorithm)[:rows]
-    q, of_rows = quantised(x, packed.dtype)
+        x = (functional.pad(x, (0, 0, 0, padded - rows)) if padded > rows else x).contiguous()
+        return torch._cslt_sparse_mm(packed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)[:rows]
+    q, of_rows = quantised(x, packed.dtype, padded)
     y = torch._cslt_sparse_mm(packed, q.t(), transpose_result=True, alg_id=algorithm, out_dtype=torch.bfloat16)
-    return rescaled(y, of_rows, scales, bias, x.dtype)[:rows]
+    return rescaled(y[:rows], of_rows[:rows], scales, bias, x.dtype)
 
 
 def library_of(name: str, weight: Tensor) -> Tensor:
