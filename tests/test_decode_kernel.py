@@ -3,6 +3,7 @@ process of their own. And the kernel as compiled code, which needs no GPU either
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -187,9 +188,18 @@ else:
         if dtype == torch.int8:  # the interpreter's conversion to float8 is not that of a GPU
             by_kernel, its_scales = torch.empty(8, 1500, dtype=dtype), torch.empty(8)
             eight_bits._quantise[8,](x, by_kernel, its_scales, 5, 1500, MOST=127.0, WHOLE=True, BLOCK=1024)
-            padded = eight_bits.quantised(x, dtype, 8)
+            padded = eight_bits.quantised_tokens(x, dtype, 8)
             assert torch.equal(by_kernel, padded[0]) and torch.equal(its_scales, padded[1])
             assert torch.equal(by_kernel[:5], q) and not by_kernel[5:].any()
+        for broken in (float("nan"), float("inf")):
+            x[4, 7] = broken
+            q, its_scales = eight_bits.quantised(x, dtype)
+            lost = eight_bits.dequantised(q, its_scales, torch.float32).isnan()
+            assert lost[4].any() and not lost[:4].any()
+            by_kernel = torch.empty(5, 1500, dtype=torch.int8)
+            eight_bits._quantise[5,](x, by_kernel, its_scales, 5, 1500, MOST=127.0, WHOLE=True, BLOCK=1024)
+            assert its_scales.isnan().tolist() == [False] * 4 + [True]
+        scales = scales.nan_to_num()
         y, bias = torch.randn(3, 1500).bfloat16(), torch.randn(1500).bfloat16()
         columns = torch.rand(1500)
         for added in (None, bias):
@@ -271,6 +281,9 @@ else:
             pack(torch.zeros(2, 8))
         with pytest.raises(ValueError, match="matrix"):
             pack(torch.zeros(8, dtype=torch.float16))
+        values, codes = pack(torch.zeros(2, 8, dtype=torch.int8))
+        with pytest.raises(TypeError, match="need scales"):
+            packed_linear(torch.zeros(1, 8).half(), values, codes, list(Schedule()))
         with pytest.raises(TypeError, match="convert the input"):
             packed_linear(torch.zeros(1, 8), *pack(torch.zeros(2, 8, dtype=torch.float16)), list(Schedule()))
 
@@ -320,12 +333,28 @@ else:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(ids).logits, logits)
 
+    @pytest.mark.parametrize("dtype", [None, *EIGHT_BITS])
+    def test_moves_but_no_conversion(pruned, dtype):
+        """Of buffers that are no numbers of the weight's type."""
+        model = copy.deepcopy(pruned)
+        to_semi_structured(model, dtype=dtype)
+        ids = torch.arange(3, 7)[None]
+        with torch.no_grad():
+            logits = model(ids).logits
+            assert torch.equal(model.to(torch.bfloat16).to("cpu")(ids).logits, logits)
+        for convert in (model.half, model.float, lambda: model.to(torch.float16)):
+            with pytest.raises(ValueError, match="cannot be converted: call hf_prune.to_dense"):
+                convert()
+        with pytest.raises(ValueError, match="quantised weights" if dtype else "gives them back"):
+            model.save_pretrained("nowhere")
+
     def test_inputs_under_autocast(pruned):
         model, x = copy.deepcopy(pruned), torch.randn(1, 32)
         to_semi_structured(model, use="decode")
         dense, packed = (m.model.layers[0].mlp.up_proj for m in (pruned, model))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(packed(x), dense(x), atol=0.06, rtol=0.03)
+        for kind in (torch.bfloat16, torch.float16):
+            with torch.no_grad(), torch.autocast("cpu", kind):
+                torch.testing.assert_close(packed(x), dense(x), atol=0.06, rtol=0.03)  # of one dtype
         with pytest.raises((TypeError, RuntimeError)):
             packed(x)
 
@@ -497,7 +526,7 @@ else:
         assert "float16" in plans.measured_plan(weight.half(), None, "any").missing["cusparselt"]
         plan = plans.measured_plan(weight, linear.bias, "any")
         assert plan.steps == ((float("inf"), "cusparselt"),)
-        assert plan.algorithms == ((8, 1), (16, 2), (32, 4), (2048, 256), (float("inf"), 256))
+        assert plan.algorithms == (8, 1, 16, 2, 32, 4, 2048, 256)
         monkeypatch.setattr(semi_structured, "interpreted_plan", lambda *_: plan)
         model, dense = torch.nn.Sequential(linear), copy.deepcopy(linear)
         assert to_semi_structured(model).bytes_after == weight.nbytes
@@ -538,7 +567,7 @@ else:
         plan = plans.measured_plan(linear.weight.data, linear.bias, "any", dtype)
         assert set(plan.missing) == {"cutlass"} and "8 bits" in plan.missing["cutlass"], plan.missing
         assert plan.steps == ((float("inf"), "cusparselt"),)
-        assert plan.algorithms == ((16, 1), (32, 2), (2048, 128), (float("inf"), 128))
+        assert plan.algorithms == (16, 1, 32, 2, 2048, 128)
         monkeypatch.setattr(semi_structured, "interpreted_plan", lambda *_: plan)
         model, dense = torch.nn.Sequential(copy.deepcopy(linear)), linear
         assert (
@@ -552,6 +581,15 @@ else:
             torch.testing.assert_close(model(x), close, atol=0.03, rtol=0.02)
             assert called[-1] == expected
         assert torch.equal(model.state_dict()["0.weight"], dense.weight)
+        assert model(x[:0]).shape == (0, 16)
+        x = x[:20].clone().requires_grad_()
+        model(x).sum().backward()  # as if x had not been rounded
+        torch.testing.assert_close(x.grad, dense.weight.sum(0).expand(20, -1), atol=0.02, rtol=0.02)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+        for rows in (20, 24, 40, 41, 72, 73, 130, 136, 260, 520, 1040, 3000):  # one graph, not one for each algorithm
+            x = torch.randn(rows, 64).bfloat16()
+            torch.testing.assert_close(compiled(x), model(x), atol=0.03, rtol=0.02)
         assert torch.equal(to_dense(model)[0].weight, dense.weight)
 
     @pytest.mark.parametrize("dtype", [None, torch.int8])
@@ -590,26 +628,27 @@ else:
         monkeypatch.setattr(decode_kernel, "linear", lambda x, *_: ran.append(len(x)) or x.new_empty(len(x), 16))
         for _ in range(2):
             linear(torch.ones(1, 32).half())
-        assert ran == [1]  # once, to be loaded before a capture
+        assert sorted(ran) == [1, 2, 4, 8, 16]  # once, to be loaded before a capture
+        assert not pickle.loads(pickle.dumps(linear)).loaded
         monkeypatch.setattr(semi_structured, "_captured", lambda x: True)
         linear(torch.ones(3, 32).half())
         linear(torch.ones(17, 32).half())
-        assert ran == [1, 3]
+        assert ran[5:] == [3]
         monkeypatch.undo()
 
         spent = {rows: {"dense": 1.0, "cusparselt": 0.5 if rows >= 1024 else 2.0, "cutlass": 0.9} for rows in plans.ROWS}
         for rows in (1, 2, 4, 8, 16):
             spent[rows] |= {"decode": 0.6 if rows < 16 else 0.99, "cutlass": 3.0}
-        assert plans._steps(spent, "any") == ((8, "decode"), (512, "dense"), (infinity, "cusparselt"))
+        assert plans.steps_of(spent, "any", "cusparselt") == ((8, "decode"), (512, "dense"), (infinity, "cusparselt"))
         for rows in (1024, 2048, 4096):  # dense takes longer there, so that of 513 rows it is not known what is faster
             spent[rows] |= {"dense": 2.0, "cusparselt": 1.0, "cutlass": 3.0}
-        assert plans._steps(spent, "any") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
+        assert plans.steps_of(spent, "any", "cusparselt") == ((8, "decode"), (1023, "dense"), (infinity, "cusparselt"))
         eight_bits_spent = {
             rows: {"dense": 1.0, "cusparselt": 0.7} | ({"decode": 0.4} if rows < 8 else {}) for rows in plans.ROWS
         }
-        assert plans._steps(eight_bits_spent, "any") == ((4, "decode"), (infinity, "cusparselt"))
-        assert plans._steps(spent, "decode") == ((16, "decode"), (infinity, "unpacked"))
-        assert plans._steps(spent, "prefill") == ((infinity, "cusparselt"),)
-        plan = plans.Plan(plans._steps(spent, "any"))
+        assert plans.steps_of(eight_bits_spent, "any", "cusparselt") == ((4, "decode"), (infinity, "cusparselt"))
+        assert plans.steps_of(spent, "decode", "cusparselt") == ((16, "decode"), (infinity, "unpacked"))
+        assert plans.steps_of(spent, "prefill", "cusparselt") == ((infinity, "cusparselt"),)
+        plan = plans.Plan(plans.steps_of(spent, "any", "cusparselt"))
         assert [plan.form(rows) for rows in (1, 8, 9, 1023, 1024, 9999)] == ["decode"] * 2 + ["dense"] * 2 + ["cusparselt"] * 2
         assert decode_kernel.MAX_ROWS == 16

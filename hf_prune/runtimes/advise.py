@@ -188,10 +188,10 @@ def _glob(name: str) -> str:
 def _problems(out_features: int, in_features: int, dtype: torch.dtype) -> dict[str, str]:
     if in_features % 4:
         why = f"2:4 is impossible, since in_features {in_features} is not divisible by 4"
-        return dict.fromkeys(("2:4", *FORMS.values()), why)
+        return dict.fromkeys(("2:4", *FORMS.values(), *EIGHT_BITS), why)
     if dtype not in (torch.float16, torch.bfloat16):
         why = f"packed weights on a GPU need float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-        return dict.fromkeys((*FORMS.values(), BITMASK), why)
+        return dict.fromkeys((*FORMS.values(), BITMASK, *EIGHT_BITS), why)
     least = {name: tuple(kind._DTYPE_SHAPE_CONSTRAINTS[dtype][:2]) for name, kind in LIBRARIES.items()}
     return {
         name: f"{name} needs multiples of {of}" for name, of in least.items() if out_features % of[0] or in_features % of[1]
@@ -229,11 +229,8 @@ def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dic
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
     smaller = weight[: math.ceil(KEPT * len(weight))].clone()
     plans = [measured_plan(_with_zeros(weight, pattern), None) for pattern in ("50 %", "2:4") if pattern not in shape.problems]
-    eight = {
-        name: measured_plan(_with_zeros(weight, "2:4"), None, dtype=of)
-        for name, of in EIGHT_BITS.items()
-        if "2:4" not in shape.problems
-    }
+    half = _with_zeros(weight, "2:4") if "2:4" not in shape.problems else None
+    eight = {name: measured_plan(half, None, dtype=of) for name, of in EIGHT_BITS.items() if name not in shape.problems}
     names = {"dense": DENSE, "bitmask": BITMASK, **FORMS}
     spent: dict[str, dict[int, float]] = {STRUCTURED: {}}
     for rows in ROWS:
@@ -397,7 +394,8 @@ def _recommendation(speed: dict[str, dict[int, float]]) -> tuple[str, str]:
             gains[name] = [gain / max(1.0, dense.get(runtime, {}).get(rows, 1.0)) for rows, gain in by_rows.items()]
     if forms := [gains.pop(name) for name in FORMS.values() if name in gains]:
         gains["2:4, to_semi_structured"] = [max(1.0, *at_rows) for at_rows in zip(*forms)]
-    lossy = [f"{name} ({_words(gains.pop(name))})" for name in EIGHT_BITS if name in gains]
+    eight_bits = {name: gains.pop(name) for name in EIGHT_BITS if name in gains}
+    lossy = [f"{name} ({_words(of)})" for name, of in eight_bits.items() if _mean(of) > GAIN]
     words = {name: _words(of) for name, of in gains.items()}
     good = {name: _mean(of) for name, of in gains.items() if min(of) > 0.95}
     best = max(good, key=good.get, default=None)

@@ -77,7 +77,9 @@ def check_matrix(weight: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> No
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"the packed layout is of a matrix (out, in), got shape {tuple(weight.shape)}.")
     if weight.dtype not in dtypes:
-        raise TypeError(f"the packed layout holds float16 or bfloat16, got {weight.dtype}: convert the model first.")
+        raise TypeError(
+            f"the packed layout holds {' or '.join(map(str, dtypes))}, got {weight.dtype}: convert the model first."
+        )
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("the weight is not 2:4: more than two of four neighbours along `in` are not zero.")
     nibbles = _nibbles().to(weight.device)[kept[..., 0] | kept[..., 1] << 1 | kept[..., 2] << 2 | kept[..., 3] << 3]
     values = quads.gather(-1, _positions(nibbles)).flatten(1).view(weight.dtype)
-    words = words_of(weight.shape[1])
+    words = -(-weight.shape[1] // 128) * 4
     lanes = functional.pad(nibbles, (0, 8 * words - nibbles.shape[1])).view(-1, 8, words)
     codes = torch.zeros_like(lanes[:, 0])
     for lane in range(8):
@@ -108,11 +110,6 @@ def unpack(values: Tensor, codes: Tensor, in_features: int) -> Tensor:
     nibbles = torch.stack([codes >> 4 * lane & 15 for lane in range(8)], 1).flatten(1)[:, : pairs.shape[1]]
     quads = pairs.new_zeros(*pairs.shape[:2], 4).scatter_(-1, _positions(nibbles), pairs)
     return quads.flatten(1)[:, :in_features].contiguous().view(values.dtype)
-
-
-def words_of(in_features: int) -> int:
-    """Number of int32 of codes in a row."""
-    return -(-in_features // 128) * 4
 
 
 def _nibbles() -> Tensor:
@@ -154,6 +151,10 @@ def linear(
         trace: wraps the kernel, where it is not launched but written down.
     """
     (rows, dtype), (out_features, words) = (x.shape[0], x.dtype), codes.shape
+    if (scales is None) == (values.dtype in EIGHT_BITS):
+        raise TypeError(
+            f"values of {values.dtype} {'need scales, one for each row of W' if scales is None else 'have no scales'}."
+        )
     x = as_groups(x, values, bool(trace))
     if not trace and not rows:
         return x.new_empty(0, out_features)
@@ -185,6 +186,7 @@ def as_groups(x: Tensor, values: Tensor, traced: bool = False) -> Tensor:
     if x.dtype not in DTYPES or (values.dtype in DTYPES and x.dtype != values.dtype):
         raise TypeError(f"the packed weight is {values.dtype}, its input {x.dtype}: convert the input.")
     x = (functional.pad(x, (0, -x.shape[1] % 4)) if x.shape[1] % 4 else x).contiguous()
+    x = x.view(-1).view(x.shape)  # one row may have any stride
     aligned = x.storage_offset() % 4 == 0 if traced else x.data_ptr() % 8 == 0
     return x if aligned else x.clone()
 

@@ -1,8 +1,8 @@
 """Numbers of 8 bits, int8 or float8_e4m3fn, for 2:4 products: symmetric, so a zero stays a zero; weights by row, activations by token.
 
 w ≈ s q with s = max |w| / 127 of each row (of int8; 448 of float8). A product of many rows quantises x the same way, token by token as it
-comes, multiplies 8 bits with 8 bits and scales the result: y = s_x s_w (q_x q_wᵀ) + bias. Each of the two steps around the product is one
-kernel here, which reads once and writes once; under `torch.compile` they are torch's own operators, which it fuses. Leaves out the products.
+comes, multiplies 8 bits with 8 bits and scales the result: y = s_x s_w (q_x q_wᵀ) + bias. On a GPU each of the two steps around the product is
+one kernel here, which reads once and writes once. A row that is not finite comes out as NaN. Leaves out the products.
 """
 
 from __future__ import annotations
@@ -21,23 +21,13 @@ TOLERANCE = {torch.int8: 0.05, torch.float8_e4m3fn: 0.1}  # of the largest outpu
 BLOCK = 1024
 
 
-def quantised(x: Tensor, dtype: torch.dtype, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`x` (rows, columns) as q (rows, columns) in `dtype`, one of int8 and float8_e4m3fn, and s (rows,) float32 with x ≈ s q.
 
-    Rows of zeros have s = 1; with `rows` there are so many, those past x of zeros.
+    Rows of zeros have s = 1.
     """
-    rows = len(x) if rows is None else rows
-    if x.is_cuda and not torch.compiler.is_compiling() and len(x):
-        x = x.contiguous()
-        q, scales = x.new_empty(rows, x.shape[1], dtype=dtype), x.new_empty(rows, dtype=torch.float32)
-        with current(x.device):
-            _quantise[rows,](
-                x, q, scales, len(x), x.shape[1], MOST=MOST[dtype], WHOLE=dtype == torch.int8, BLOCK=BLOCK, num_warps=4
-            )
-        return q, scales
-    x = functional.pad(x, (0, 0, 0, rows - len(x)))
     most = x.abs().amax(-1, keepdim=True).float() / MOST[dtype]
-    scales = torch.where(most > 0, most, 1.0)
+    scales = torch.where(most == 0, 1.0, most)
     q = x.float() / scales
     return ((q + 0.5).floor() if dtype == torch.int8 else q).to(dtype), scales[:, 0]
 
@@ -47,24 +37,28 @@ def dequantised(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (q.float() * scales[:, None]).to(dtype)
 
 
+def quantised_tokens(x: Tensor, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor]:
+    """The same of activations, to so many `rows`: those past x are zeros."""
+    if not x.is_cuda:
+        return quantised(functional.pad(x, (0, 0, 0, rows - len(x))), dtype)
+    x = x.contiguous()
+    q, scales = x.new_empty(rows, x.shape[1], dtype=dtype), x.new_empty(rows, dtype=torch.float32)
+    with current(x.device):
+        _quantise[rows,](
+            x, q, scales, len(x), x.shape[1], MOST=MOST[dtype], WHOLE=dtype == torch.int8, BLOCK=BLOCK, num_warps=4
+        )
+    return q, scales
+
+
 def rescaled(y: Tensor, of_rows: Tensor, of_columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y (rows, columns) times `of_rows` (rows,) and `of_columns` (columns,), plus `bias` (columns,), in `dtype`."""
-    if y.is_cuda and not torch.compiler.is_compiling() and len(y):
-        out = torch.empty_like(y, dtype=dtype)
-        with current(y.device):
-            _rescale[len(y), triton.cdiv(y.shape[1], BLOCK)](
-                y,
-                of_rows,
-                of_columns,
-                of_columns if bias is None else bias,
-                out,
-                y.shape[1],
-                BIAS=bias is not None,
-                BLOCK=BLOCK,
-            )
-        return out
-    y = y.float() * of_rows[:, None] * of_columns
-    return (y if bias is None else y + bias).to(dtype)
+    if not y.is_cuda:
+        y = y.float() * of_rows[:, None] * of_columns
+        return (y if bias is None else y + bias).to(dtype)
+    out, grid = torch.empty_like(y, dtype=dtype), (len(y), triton.cdiv(y.shape[1], BLOCK))
+    with current(y.device):
+        _rescale[grid](y, of_rows, of_columns, of_columns if bias is None else bias, out, y.shape[1], bias is not None, BLOCK)
+    return out
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,9 +69,10 @@ def _quantise(x, q, scales, rows, columns, MOST: tl.constexpr, WHOLE: tl.constex
     most = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, tl.abs(tl.load(x + row + column, mask=column < there, other=0.0).to(tl.float32)))
-    scale = tl.max(most, 0) / MOST
-    scale = tl.where(scale > 0, scale, 1.0)
+        value = tl.abs(tl.load(x + row + column, mask=column < there, other=0.0).to(tl.float32))
+        most = tl.maximum(most, value, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.max(most, 0) / MOST + tl.sum(most - most, 0)  # NaN if one is not finite
+    scale = tl.where(scale == 0, 1.0, scale)
     tl.store(scales + tl.program_id(0), scale)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)

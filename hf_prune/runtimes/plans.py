@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,15 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..patterns import first_line
-from .products import KERNELS, LEAST_ROWS, LIBRARIES, at, cusparselt_product, kernel_for, library_of, packed_product
+from . import products
+from .products import KERNELS, LEAST_ROWS, LIBRARIES, at, decode_kernel, eight_bits, form_of, packed_product
 
-
-try:
-    import triton
-
-    from .eight_bits import TOLERANCE, dequantised, quantised
-except ImportError:  # no Triton
-    pass
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # what is measured
 PREFILL_ROWS = 2048
@@ -42,7 +36,7 @@ class Plan:
         steps: (most rows, form) in ascending order; a form is "decode" (our kernel for 2:4), "bitmask" (ours for zeros anywhere),
             "cusparselt", "cutlass", "dense" or "unpacked", which makes the dense weight anew at each call.
         schedules: (most rows, schedule of our kernel).
-        algorithms: (most rows, cuSPARSELt's number of the fastest of its kernels; the default's are far slower).
+        algorithms: most rows, and cuSPARSELt's number of the fastest of its kernels, in turn; its default's are far slower.
         eager: as `steps`, where a call is neither captured nor compiled, so that the host's time counts too; empty: the same.
         milliseconds: rows -> form -> what was measured; empty in Triton's interpreter.
         missing: form -> why it could not be measured.
@@ -50,13 +44,25 @@ class Plan:
 
     steps: tuple[tuple[float, str], ...]
     schedules: tuple[tuple[float, tuple], ...] = ()
-    algorithms: tuple[tuple[float, int], ...] = ()
+    algorithms: tuple[int, ...] = ()
     eager: tuple[tuple[float, str], ...] = ()
     milliseconds: dict[int, dict[str, float]] = field(default_factory=dict, compare=False)
     missing: dict[str, str] = field(default_factory=dict, compare=False)
 
     def form(self, rows: int, eager: bool = False) -> str:
         return at(self.eager if eager and self.eager else self.steps, rows)
+
+    def trials(self) -> Iterator[tuple[str, int]]:
+        """Forms and numbers of rows with which everything that this plan may run has run once."""
+        for form in self.forms - {"unpacked"}:
+            bounds = (
+                [most for most, _ in self.schedules]
+                if form in KERNELS
+                else self.algorithms[::2]
+                if form == "cusparselt"
+                else []
+            )
+            yield from ((form, int(rows)) for rows in bounds or [1] if rows < math.inf)
 
     @property
     def dense_eagerly(self) -> bool:
@@ -80,8 +86,8 @@ def interpreted_plan(weight: Tensor, bias: Tensor | None, use: str, dtype: torch
     """What Triton's interpreter can run, for tests: nothing is measured."""
     if use == "prefill":
         raise ValueError("use='prefill' needs sparse tensor cores, which Triton's interpreter has not: use 'any' or 'decode'.")
-    kernel, missing = kernel_for(weight), dict.fromkeys(LIBRARIES, "no CUDA device")
-    form = next(form for form, of in KERNELS.items() if of is kernel)
+    form, missing = form_of(weight), dict.fromkeys(LIBRARIES, "no CUDA device")
+    kernel = KERNELS[form]
     if form == "decode":
         tile = kernel.Schedule(min(256, 1 << (len(weight) - 1).bit_length()), block_words=32, rows=kernel.MAX_ROWS)
     else:
@@ -98,12 +104,9 @@ def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any", dtype: 
     forms: dict[str, tuple] = {"dense": (partial(functional.linear, bias=bias), weight)}
     schedules: tuple = ()
     algorithms: tuple = ()
-    kernel = kernel_for(weight)
-    ours = next(form for form, of in KERNELS.items() if of is kernel)
-    source, scales = weight, ()
-    if dtype is not None:
-        source, *scales = quantised(weight, dtype)
-        weight = dequantised(source, *scales, weight.dtype)
+    ours = form_of(weight)
+    kernel = KERNELS[ours]
+    source, weight, *scales = held_in(dtype, weight)
     if use != "prefill":
         try:
             held = *kernel.pack(source), *scales
@@ -115,13 +118,13 @@ def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any", dtype: 
         try:
             if why := _untried(name, source):
                 raise TypeError(why)
-            library = library_of(name, source)
+            library = products.library_of(name, source)
             run = partial(functional.linear, bias=bias)
             if name == "cusparselt":
                 algorithms = _searched(library, weight, bias if dtype is None else None)
-                run = partial(cusparselt_product, bias=bias, algorithms=algorithms)
+                run = partial(products.cusparselt_product, bias=bias, algorithms=algorithms, out_features=len(weight))
             x = sample(PREFILL_ROWS, weight)
-            _compared(run(x, library, *scales), functional.linear(x, weight, bias), TOLERANCE.get(dtype, 0.02))
+            _compared(run(x, library, *scales), functional.linear(x, weight, bias), eight_bits.TOLERANCE.get(dtype, 0.02))
             forms[name] = run, library, *scales
         except Exception as error:
             missing[name] = _survived(error, weight)
@@ -130,8 +133,20 @@ def measured_plan(weight: Tensor, bias: Tensor | None, use: str = "any", dtype: 
         fitting = {name: form for name, form in forms.items() if name not in KERNELS or rows <= kernel.MAX_ROWS}
         spent[rows] = {name: milliseconds(run, sample(rows, weight), *held) for name, (run, *held) in fitting.items()}
     hosts = {name: _host_milliseconds(run, sample(1, weight), *held) for name, (run, *held) in forms.items()}
+    at_prefill = spent[PREFILL_ROWS]
+    library = min(set(at_prefill) & set(LIBRARIES), key=at_prefill.get, default=None)  # one is held, not both
     eager = {rows: {name: took + hosts[name] for name, took in by_form.items()} for rows, by_form in spent.items()}
-    return Plan(_steps(spent, use), schedules, algorithms, _steps(eager, use) if use == "any" else (), spent, missing)
+    return Plan(
+        steps_of(spent, use, library), schedules, algorithms, steps_of(eager, use, library) if use == "any" else (), spent, missing
+    )  # fmt: skip
+
+
+def held_in(dtype: torch.dtype | None, weight: Tensor) -> tuple[Tensor, ...]:
+    """What is packed of `weight`, the weight that it stands for, and, of 8 bits, the scales of its rows."""
+    if dtype is None:
+        return weight, weight
+    q, scales = eight_bits.quantised(weight, dtype)
+    return q, eight_bits.dequantised(q, scales, weight.dtype), scales
 
 
 def _untried(library: str, weight: Tensor) -> str | None:
@@ -147,13 +162,11 @@ def _untried(library: str, weight: Tensor) -> str | None:
     return None
 
 
-def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, str], ...]:
-    """Which form for how many rows. Between two row counts whose best forms differ it is the latter's, if that is sure to be faster than
-    dense there, or dense, the one that is never bad."""
-    at_prefill = spent[PREFILL_ROWS]
-    library = min(set(at_prefill) & set(LIBRARIES), key=at_prefill.get, default="dense")  # one is held, not both
+def steps_of(spent: dict[int, dict[str, float]], use: str, library: str | None) -> tuple[tuple[float, str], ...]:
+    """Which form for how many rows, by what was measured of dense, our form and that of a `library`. Between two row counts whose best
+    forms differ it is the latter's, if that is sure to be faster than dense there, or dense, the one that is never bad."""
     if use == "prefill":
-        return ((math.inf, library),)
+        return ((math.inf, library or "dense"),)
     if use == "decode":
         ours = next((form for form in KERNELS if form in spent[1]), None)
         return ((KERNELS[ours].MAX_ROWS, ours), (math.inf, "unpacked")) if ours else ((math.inf, "dense"),)
@@ -165,24 +178,24 @@ def _steps(spent: dict[int, dict[str, float]], use: str) -> tuple[tuple[float, s
     for (rows, form), (more, other) in zip(best, best[1:]):
         if form == other:
             continue
-        # In between a form takes no longer than for `more` rows, and dense no less than for `rows`.
+        # In between a form takes hardly longer than for `more` rows, and dense no less than for `rows`.
         safe = spent[rows]["dense"] > NOISE * spent[more][other]
         steps += [(rows, form)] if form != "dense" or safe else []
         steps += [(more - 1, "dense")] if not safe and other != "dense" and (form == "dense" or more - 1 > rows) else []
     return *steps, (math.inf, best[-1][1])
 
 
-def _searched(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[tuple[float, int], ...]:
-    """cuSPARSELt's fastest kernel for each number of rows, by its own search."""
+def _searched(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+    """cuSPARSELt's fastest kernel for each number of rows, by its own search: rows and number in turn."""
     words = {"bias": bias, "transpose_result": True}
-    algorithms: list[tuple[float, int]] = []
+    algorithms: list[int] = []
     for rows in ROWS:
         if rows >= LEAST_ROWS[packed.dtype.itemsize]:
             x = sample(rows, weight)
             if packed.dtype.itemsize == 1:
-                x, words["out_dtype"] = quantised(x, packed.dtype)[0], torch.bfloat16
-            algorithms.append((rows, torch._cslt_sparse_mm_search(packed, x.t(), **words)))
-    return *algorithms, (math.inf, algorithms[-1][1])
+                x, words["out_dtype"] = eight_bits.quantised(x, packed.dtype)[0], torch.bfloat16
+            algorithms += rows, torch._cslt_sparse_mm_search(packed, x.t(), **words)
+    return tuple(algorithms)
 
 
 def _tuned(kernel: Any, held: tuple[Tensor, ...], weight: Tensor) -> tuple[tuple[float, tuple], ...]:
@@ -255,7 +268,7 @@ def milliseconds(run: Callable[..., Any], x: Tensor, *weights: Tensor) -> float:
         for call in range(calls):
             run(x, *held[call % copies])
 
-    return triton.testing.do_bench(replayed(all_calls), warmup=2, rep=8, return_mode="median") / calls
+    return decode_kernel.triton.testing.do_bench(replayed(all_calls), warmup=2, rep=8, return_mode="median") / calls
 
 
 def _copied(weight: Tensor) -> Tensor:

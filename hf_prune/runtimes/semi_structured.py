@@ -22,27 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..report import by_reason, table
-from .plans import PREFILL_ROWS, Plan, interpreted_plan, measured_plan
-from .products import (
-    KERNELS,
-    LIBRARIES,
-    cusparselt_product,
-    decode_kernel,
-    dense_of,
-    library_of,
-    packed_product,
-    unpacked,
-)
+from . import products
+from .plans import PREFILL_ROWS, Plan, held_in, interpreted_plan, measured_plan
+from .products import INTERPRETED, KERNELS, LIBRARIES, decode_kernel, dense_of, packed_product, unpacked
 
-
-try:
-    from .eight_bits import dequantised, quantised
-except ImportError:  # no Triton
-    pass
 
 USES = ("any", "decode", "prefill")
 DTYPES = (None, torch.int8, torch.float8_e4m3fn)
 MOST_KEPT = 0.6  # of an unstructured weight that is packed
+HELD = ("values", "codes", "library", "scales")  # buffers of a packed linear
 
 
 class SemiStructuredLinear(nn.Linear):
@@ -65,28 +53,46 @@ class SemiStructuredLinear(nn.Linear):
             return dense
         if self.values is not None:
             return unpacked(self.values, self.codes, self.scales, self.in_features, self.weight_dtype)
-        weight = dense_of(self.library, self.in_features)
-        return weight if self.scales is None else dequantised(weight, self.scales, self.weight_dtype)
+        return dense_of(self.library, self.scales, self.in_features, self.weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        eager = bool(self.plan.eager) and not _captured(x)
-        if eager and self.loaded and self.plan.dense_eagerly:  # the host is what it waits for: no more of Python than this
+        captured = _captured(x)
+        if not captured and self.loaded and self.plan.dense_eagerly:  # it waits for the host: no more of Python than this
             return functional.linear(x, self._parameters["weight"], self._parameters["bias"])
-        flat = x.reshape(-1, self.in_features)
+        flat, dtype = x.reshape(-1, self.in_features), x.dtype
         if torch.is_autocast_enabled(x.device.type):  # our kernels are none of the operators that it knows
-            flat = flat.to(self.weight_dtype)
-        if eager and not self.loaded and len(flat):
-            for form in self.plan.forms - {"unpacked"}:
-                self._product(form, flat[:1])
+            flat, dtype = flat.to(self.weight_dtype), torch.get_autocast_dtype(x.device.type)
+        if not (captured or self.loaded) and len(flat):
+            for form, rows in self.plan.trials():
+                self._product(form, flat[:1].detach().expand(rows, -1))
             self.loaded = True
-        return self._product(self.plan.form(len(flat), eager), flat).view(*x.shape[:-1], self.out_features)
+        y = self._product(self.plan.form(len(flat), eager=not captured), flat)
+        return y.to(dtype).view(*x.shape[:-1], self.out_features)
 
     def _product(self, form: str, x: Tensor) -> Tensor:
+        plan = self.plan
         if form in KERNELS:
-            return packed_product(x, self.values, self.codes, self.scales, bias=self.bias, schedules=self.plan.schedules)
+            return packed_product(x, self.values, self.codes, self.scales, bias=self.bias, schedules=plan.schedules)
         if form == "cusparselt":
-            return cusparselt_product(x, self.library, self.scales, bias=self.bias, algorithms=self.plan.algorithms)
+            words = {"algorithms": plan.algorithms, "out_features": self.out_features}
+            return products.cusparselt_product(x, self.library, self.scales, bias=self.bias, **words)
         return functional.linear(x, self.library if form == "cutlass" else self.weight, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """Moves, but converts nothing: what is packed is no number of that type."""
+        if fn(torch.empty(0, dtype=self.weight_dtype)).dtype != self.weight_dtype:
+            raise ValueError(
+                f"a packed weight of {self.weight_dtype} cannot be converted: call hf_prune.to_dense(model) first."
+            )
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"loaded": False}  # in another process nothing ran yet
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -101,24 +107,22 @@ def _captured(x: Tensor) -> bool:
 
 
 def _pack_in_place(linear: nn.Linear, plan: Plan, dtype: torch.dtype | None = None) -> None:
-    weight = source = linear.weight.detach()
-    values = codes = library = scales = None
-    if dtype is not None:
-        source, scales = quantised(weight, dtype)
-        weight = dequantised(source, scales, weight.dtype)
+    source, weight, *scales = held_in(dtype, linear.weight.detach())
+    held: dict[str, Tensor | None] = dict.fromkeys(HELD) | {"scales": scales[0] if scales else None}
     for name in plan.forms & set(KERNELS):  # one at most
-        values, codes = KERNELS[name].pack(source)
-    for name in plan.forms & set(LIBRARIES):
-        library = library_of(name, source)
-        if values is not None and name == "cutlass" and _equal_bits(library.packed, values):
-            values = library.packed  # the two differ in their indices alone
-    for name, tensor in (("values", values), ("codes", codes), ("library", library), ("scales", scales)):
-        linear.register_buffer(name, tensor, persistent=False)
+        held["values"], held["codes"] = KERNELS[name].pack(source)
+    for name in plan.forms & set(LIBRARIES):  # likewise
+        held["library"] = library = products.library_of(name, source)
+        if name == "cutlass" and held["values"] is not None and _equal_bits(library.packed, held["values"]):
+            held["values"] = library.packed  # the two differ in their indices alone
+    lossless = bool(scales) or held["values"] is not None
+    if "dense" not in plan.forms and not lossless:  # -0.0 may come back as 0.0
+        lossless = _equal_bits(dense_of(held["library"], None, linear.in_features, weight.dtype), weight)
     linear.plan, linear.loaded, linear.trained, linear.weight_dtype = plan, False, linear.weight.requires_grad, weight.dtype
     linear.__class__ = SemiStructuredLinear
-    if "dense" not in plan.forms and (
-        values is not None or scales is not None or _equal_bits(dense_of(library, linear.in_features), weight)
-    ):  # of a library -0.0 may come back as 0.0
+    for name, tensor in held.items():
+        linear.register_buffer(name, tensor, persistent=False)
+    if "dense" not in plan.forms and lossless:
         linear._parameters["weight"] = None  # its place is kept: optimizers count parameters
     elif dtype is not None:
         linear.weight = nn.Parameter(weight, linear.trained)
@@ -185,8 +189,8 @@ def to_semi_structured(model: nn.Module, *, use: str = "any", dtype: torch.dtype
             "prefill"), and are slow for what they were not made for. (A library that would not give a weight back bit for bit
             does not replace it.)
         dtype: torch.int8 or torch.float8_e4m3fn: the 2:4 weights are quantised too, symmetrically by row, and where cuSPARSELt runs
-            the activations by token. A packed form takes 0.3125 of the dense weight and both are faster, but outputs are no
-            more those of the model, and `to_dense` gives the quantised weights: what was rounded away is not kept.
+            the activations by token; others stay dense. A packed form takes 0.3125 of the dense weight and both are faster, but
+            outputs are no more those of the model, and `to_dense` gives the quantised weights: what was rounded away is not kept.
 
     Raises:
         TypeError, ValueError: no model, not on CUDA, nothing sparse in float16 or bfloat16; nothing has changed then. With
@@ -221,26 +225,32 @@ def to_semi_structured(model: nn.Module, *, use: str = "any", dtype: torch.dtype
         del linears[name]
     report.shapes = {name: tuple(linear.weight.shape) for name, linear in linears.items()}
     report.bytes_before = sum(linear.weight.nbytes for linear in linears.values())
-    originals = {name: linear.weight for name, linear in linears.items()} if dtype is not None else {}
+    originals: dict[str, Tensor] = {}  # in the CPU's memory
     try:
         for name, linear in linears.items():
+            if dtype is not None:
+                originals[name] = linear.weight.detach().cpu()
             _pack_in_place(linear, report.plans[name], dtype)
     except BaseException:  # out of memory, Ctrl-C
         to_dense(model)
         for name, weight in originals.items():
-            linears[name].weight = weight
+            linears[name].weight.data.copy_(weight)
         raise
     report.bytes_after = sum(_bytes_held(linear) for linear in linears.values())
     if linears:
         for name in _REFUSED:
             if hasattr(model, name):
-                setattr(model, name, partial(_refuse, name))
+                setattr(
+                    model,
+                    name,
+                    partial(_refuse, name, "which gives the quantised weights" if dtype else "which gives them back"),
+                )
     return report
 
 
 def check_triton() -> None:
     if decode_kernel is None:
-        raise ImportError("2:4 inference, and timing it, needs Triton: pip install 'hf-prune[sparse]'.")
+        raise ImportError("2:4 inference, and timing it, needs Triton 3.4 or newer: pip install 'hf-prune[sparse]'.")
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -250,8 +260,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, SemiStructuredLinear):
             weight, requires_grad = module.weight.detach(), module.trained
-            for name in ("values", "codes", "library", "scales"):
-                delattr(module, name)
+            for name in HELD:
+                module._buffers.pop(name, None)
             del module.plan, module.loaded, module.trained, module.weight_dtype
             module.__class__ = nn.Linear
             if module._parameters["weight"] is None:
@@ -264,10 +274,10 @@ def to_dense(model: nn.Module) -> nn.Module:
 _REFUSED = ("save_pretrained", "push_to_hub", "prune")  # they would read or write parameters that are packed
 
 
-def _refuse(name: str, *args: Any, **kwargs: Any) -> None:
+def _refuse(name: str, what_it_gives: str, *args: Any, **kwargs: Any) -> None:
     raise ValueError(
-        f"{name} needs plain weights, but the model is packed for 2:4 inference: call hf_prune.to_dense(model) first, which gives "
-        "them back bit for bit. (state_dict() has them as they are.)"
+        f"{name} needs plain weights, but the model is packed for 2:4 inference: call hf_prune.to_dense(model) first, {what_it_gives}. "
+        "(state_dict() has the same.)"
     )
 
 
@@ -279,8 +289,7 @@ def _device_of(model: nn.Module) -> torch.device:
     """
     devices = {parameter.device for parameter in model.parameters()} or {torch.device("cpu")}
     kinds = sorted({device.type for device in devices})
-    interpreted = decode_kernel.triton.knobs.runtime.interpret
-    if kinds != ["cuda"] and not (kinds == ["cpu"] and interpreted):
+    if kinds != ["cuda"] and not (kinds == ["cpu"] and INTERPRETED):
         there = "call model.to('cuda') first." if torch.cuda.is_available() else "there is no CUDA device here."
         raise ValueError(
             f"2:4 inference needs CUDA and the model is on {', '.join(kinds)}: {there} On a CPU 2:4 zeros make nothing faster; a smaller "
