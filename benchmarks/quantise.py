@@ -8,11 +8,8 @@ a few rows; for many the activations too, token by token.
 
 import argparse
 import pathlib
-import shutil
 import tempfile
 
-import nncf
-import openvino
 import smollm2
 import torch
 from export import perplexity, pruned
@@ -70,18 +67,6 @@ def pack(model: torch.nn.Module, dtype: torch.dtype, many: bool) -> int:
     return saved
 
 
-def compressed(source: pathlib.Path, weights: str) -> pathlib.Path:
-    """A copy of an OpenVINO export with its weights quantised by nncf, without a zero point; made once."""
-    folder = source.with_name(f"{source.name}-{weights}")
-    if not folder.exists():
-        mode = nncf.CompressWeightsMode.INT8_SYM if weights == "int8" else nncf.CompressWeightsMode.INT4_SYM
-        options = {} if weights == "int8" else {"group_size": 64, "backup_mode": nncf.BackupMode.INT8_SYM}
-        model = nncf.compress_weights(openvino.Core().read_model(source / "openvino_model.xml"), mode=mode, **options)
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.xml", "*.bin"))
-        openvino.save_model(model, folder / "openvino_model.xml", compress_to_fp16=False)
-    return folder
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", help="safetensors file with `calibration` and `evaluation` (sequences, length)")
@@ -98,10 +83,9 @@ def main():
             model = smollm2.load()[0]() if name == "dense" else pruned(args.work, ids["calibration"])
             config, checked = SCHEMES[scheme], 0
             if scheme.startswith("nncf"):
-                source = args.work / f"{name.replace(':', '-')}-openvino"
-                if not source.exists():
-                    hf_prune.export(model, source, format="openvino")
-                folder = compressed(source, config)
+                folder = args.work / f"{name.replace(':', '-')}-openvino-{config}"
+                if not folder.exists():
+                    hf_prune.export(model, folder, format="openvino", weights=config)
                 checked = hf_prune.check_zeros(folder, model) if name == "2:4" else 0
                 size = sum(path.stat().st_size for path in folder.glob("*.bin"))
                 tell(scheme, name, checked, size, perplexity(hf_prune.load_exported(folder), windows))

@@ -12,37 +12,12 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"patterns", "statistics", "masks", "undo", "atomic", "blocks", "ranks"},
     {"methods", "perp", "structural"},
-    {
-        "calibration",
-        "gradients",
-        "report",
-        "journal",
-        "checkpoint",
-        "weights",
-        "sequential",
-        "evaluation",
-        "reconstruction",
-        "distillation",
-        "self_calibration",
-    },
+    {"calibration", "gradients", "report", "journal", "checkpoint", "weights", "sequential", "evaluation", "reconstruction",
+     "distillation", "self_calibration"},
     {"config", "pruning", "shrinking"},
-    {
-        "compact",
-        "serialization",
-        "model_card",
-        "callbacks",
-        "peft_adapters",
-        "sweep",
-        "iterative",
-        "pretraining",
-        "conversion",
-        "mixin",
-        "streaming",
-        "metric",
-        "runtimes",
-        "cli",
-    },
-]
+    {"compact", "serialization", "model_card", "callbacks", "peft_adapters", "sweep", "iterative", "pretraining", "conversion", "mixin",
+     "streaming", "metric", "runtimes", "cli"},
+]  # fmt: skip
 WITHIN_LEVEL = {("callbacks", "model_card"), ("callbacks", "peft_adapters"), ("callbacks", "serialization"), ("checkpoint", "journal"), ("checkpoint", "report"), ("checkpoint", "weights"), ("cli", "conversion"), ("cli", "runtimes"), ("cli", "serialization"), ("cli", "streaming"), ("conversion", "compact"), ("conversion", "model_card"), ("conversion", "serialization"), ("evaluation", "calibration"), ("gradients", "blocks"), ("gradients", "calibration"), ("gradients", "journal"), ("iterative", "serialization"), ("journal", "report"), ("masks", "atomic"), ("mixin", "compact"), ("mixin", "model_card"), ("mixin", "serialization"), ("model_card", "serialization"), ("peft_adapters", "serialization"), ("pretraining", "callbacks"), ("pretraining", "serialization"), ("pruning", "config"), ("report", "evaluation"), ("runtimes", "serialization"), ("self_calibration", "calibration"), ("self_calibration", "checkpoint"), ("sequential", "gradients"), ("sequential", "journal"), ("sequential", "reconstruction"), ("sequential", "report"), ("serialization", "compact"), ("shrinking", "config"), ("shrinking", "pruning"), ("streaming", "model_card"), ("streaming", "serialization"), ("sweep", "serialization"), ("weights", "journal")}  # fmt: skip
 
 
