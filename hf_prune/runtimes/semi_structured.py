@@ -82,7 +82,8 @@ class SemiStructuredLinear(nn.Linear):
         """Moves, but converts nothing: what is packed is no number of that type."""
         if fn(torch.empty(0, dtype=self.weight_dtype)).dtype != self.weight_dtype:
             raise ValueError(
-                f"a packed weight of {self.weight_dtype} cannot be converted: call hf_prune.to_dense(model) first."
+                f"a packed weight of {self.weight_dtype} cannot be converted: call hf_prune.to_dense(model) first. (What comes before "
+                "it in the model has been.)"
             )
 
         def moved(tensor: Tensor) -> Tensor:
@@ -159,8 +160,9 @@ class SemiStructuredReport:
         rows = [("(out, in)", "linears", *(f"{rows} rows" for rows in (1, 16, PREFILL_ROWS)), "plan")]
         for (shape, plan), names in groups.items():
             rows.append((str(shape), str(len(names)), *(_speed_up(plan, n) for n in (1, 16, PREFILL_ROWS)), str(plan)))
+        how = f"use={self.use!r}" + (f", {self.dtype}" if self.dtype else "")
         total = (
-            f"{len(self.plans)} linears on {self.device}, use={self.use!r}{f', {self.dtype}' if self.dtype else ''}: {self.bytes_before / 2**20:.1f} MiB of weights before, "
+            f"{len(self.plans)} linears on {self.device}, {how}: {self.bytes_before / 2**20:.1f} MiB of weights before, "
             f"{self.bytes_after / 2**20:.1f} after; the columns of rows are the speed-up over dense"
         )
         missing = [(f"{name} ({form})", why) for name, plan in self.plans.items() for form, why in plan.missing.items()]
