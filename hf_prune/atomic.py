@@ -195,8 +195,12 @@ def _flush_entry(path: Path) -> None:
 
 def _exchange(fresh: Path, target: Path) -> None:
     if not target.exists():
-        fresh.rename(target)
-        return
+        try:
+            fresh.rename(target)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:  # else another process was there first
+                raise
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renameat2"):
         at, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

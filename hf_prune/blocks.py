@@ -404,15 +404,11 @@ _PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm"})
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Mixtures compute expert by expert within, so that each expert's own tokens can be seen."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    configs = [c for c in configs if hasattr(c, "_experts_implementation_internal")]
-    before = [c._experts_implementation_internal for c in configs]
-    try:
+    with contextlib.ExitStack() as stack:
         for config in configs:
-            config._experts_implementation_internal = "eager"
+            if hasattr(config, "_experts_implementation_internal"):
+                stack.enter_context(replaced(config, "_experts_implementation_internal", "eager"))
         yield
-    finally:
-        for config, implementation in zip(configs, before):
-            config._experts_implementation_internal = implementation
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.utils import logging
+from transformers.utils import logging, strtobool
 
 from .distillation import Distillation
 from .model_card import CARD, card_of, write_card
-from .perp import Attached, add_hook, attach, check_kinds, masked_gradients, take_hooks_off, zero_here_
+from .perp import Attached, add_hooks, attach, check_kinds, let_gradients_through, masked_gradients, take_hooks_off, zero_here_
 from .pruning import check_model
+from .ranks import Ranks
 from .report import PruningReport
 from .serialization import FOLDER, STATE, is_weight_file, state_of
 
@@ -41,6 +43,26 @@ class TrainingCallback(TrainerCallback):
     def _before_load(self, model: Any, state: dict[str, Any], *rest: Any) -> None:
         """Is given what `model` is about to load from a checkpoint."""
 
+    def _before_save(self) -> None:
+        """Is called in every process before a checkpoint is saved."""
+
+
+def sharding_of(args: Any) -> tuple[str, bool]:
+    """What shards parameters, "FSDP1", "FSDP2", "DeepSpeed" or "", by `TrainingArguments` or `accelerate launch`, which says it in
+    the environment alone; and whether the model is emptied and loaded again meanwhile."""
+
+    def said(name: str) -> bool:
+        return bool(strtobool(os.environ.get(name) or "false"))
+
+    if getattr(args, "deepspeed", None) or said("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed", False
+    if args.fsdp:
+        config = getattr(args, "fsdp_config", None) or {}
+        return f"FSDP{config.get('version', 2)}", str(config.get("cpu_ram_efficient_loading", False)).lower() == "true"
+    if said("ACCELERATE_USE_FSDP"):
+        return f"FSDP{os.environ.get('FSDP_VERSION', 1)}", said("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return "", False
+
 
 class KeepMasksCallback(TrainingCallback):
     """Keeps pruned weights at zero while a `Trainer` trains, whatever the optimizer and its momentum do.
@@ -53,12 +75,13 @@ class KeepMasksCallback(TrainingCallback):
     holds.
 
     Raises:
-        ValueError: training begins and the model has no masks, or is sharded other than by rows (tensor parallelism, FSDP1, ZeRO-3).
+        ValueError: training begins and the model has no masks, or other ones than in another process, or is sharded other than by
+            rows (tensor parallelism, FSDP1, ZeRO-3).
     """
 
     def __init__(self):
         super().__init__()
-        self._held: list[tuple[torch.nn.Parameter, torch.Tensor, Any]] = []  # with their bits and hooks
+        self._held: list[tuple[torch.nn.Parameter, torch.Tensor]] = []  # with their bits
         self._report: PruningReport | None = None
         self._said: dict[str, Any] = {}  # in the report
 
@@ -69,8 +92,10 @@ class KeepMasksCallback(TrainingCallback):
             raise ValueError("masks hold under DDP and FSDP2 (fsdp_config={'version': 2}), not under FSDP1 or ZeRO-3.")
         names = {name: _WITHIN_PEFT.sub("", name) for name, _ in model.named_parameters(remove_duplicate=False)}
         known = state_of(model, type(self).__name__)
+        if (ranks := Ranks.launched()).count > 1:
+            ranks.check_same({"masks": known.masks.digest()[:12]})
+        take_hooks_off(model)
         self._held, self._model, self._report = masked_gradients(model, known.masks.renamed(names)), model, known.report
-        take_hooks_off(model, *(hook for *_, hook in self._held))
         if state is None or not state.global_step:
             self._said = {}
         if whole is not model and hasattr(whole.base_model, "merge_and_unload"):  # prompts are not
@@ -80,7 +105,7 @@ class KeepMasksCallback(TrainingCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter, bits, _ in self._held:
+        for parameter, bits in self._held:
             if parameter.requires_grad or parameter.grad is not None:
                 zero_here_(parameter, bits)
         if self._report:
@@ -132,25 +157,28 @@ class PERPCallback(KeepMasksCallback):
         self._ended = False
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        config = getattr(args, "fsdp_config", None) or {}
-        if getattr(args, "deepspeed", None) or (args.fsdp and int(config.get("version", 2)) != 2):
+        sharding, emptied = sharding_of(args)
+        if sharding not in ("", "FSDP2"):
             raise ValueError("PERPCallback trains under DDP and FSDP2 (fsdp_config={'version': 2}), not FSDP1 or DeepSpeed.")
-        if args.fsdp and str(config.get("cpu_ram_efficient_loading", False)).lower() == "true":
+        if emptied:
             raise ValueError(
-                "PERPCallback under FSDP2 needs fsdp_config={'cpu_ram_efficient_loading': False}: otherwise the model is emptied "
-                "and loaded again after the adapters were put on it."
+                "PERPCallback under FSDP2 needs fsdp_config={'cpu_ram_efficient_loading': False}, or accelerate launch "
+                "--fsdp_cpu_ram_efficient_loading false: otherwise the model is emptied and loaded again after the adapters were put on it."
             )
-        if args.fsdp and "lora" in check_kinds(self._how["train"], self._how["rank"]):
+        if sharding and "lora" in check_kinds(self._how["train"], self._how["rank"]):
             raise ValueError(
                 "train='lora' ends as an adapter of PEFT, which a sharded model takes no more: train PEFT's own LoRA, with KeepMasksCallback."
             )
         check_model(model)
         masks = state_of(model, "PERPCallback").masks
-        self._attached, self._ended = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how), False
-        if args.gradient_checkpointing:
-            # Of frozen embeddings the checkpointed blocks would have no gradient. Transformers' own hook may be lost, not removed.
-            embeddings = model.get_input_embeddings()
-            self._attached.hooks.append(embeddings.register_forward_hook(lambda module, x, y: y.requires_grad_(True)))
+        attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
+        if sharding and len(dtypes := {str(p.dtype).removeprefix("torch.") for p in attached.trainable.values()}) > 1:
+            attached.detach()
+            raise ValueError(
+                f"FSDP2 trains parameters of one dtype, but train={self._how['train']} gives {' and '.join(sorted(dtypes))}: set "
+                "bf16=True, which trains all of them in float32."
+            )
+        self._attached, self._ended = attached, False
         if state.is_world_process_zero:
             found = self._attached.trainable
             print(f"PERP trains {sum(p.numel() for p in found.values()):,} numbers, {self._attached.share:.3%} of the model's.")
@@ -170,7 +198,9 @@ class PERPCallback(KeepMasksCallback):
         super().on_train_begin(args, state, control, model=model)
         if self._distillation:
             self._distillation.used = False
-            add_hook(model, model.register_forward_hook(self._distillation, with_kwargs=True))
+            add_hooks(model, model.register_forward_hook(self._distillation, with_kwargs=True))
+        if args.gradient_checkpointing:
+            let_gradients_through(model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.fp16:  # there the scaler looks for overflows and skips the step
@@ -230,7 +260,7 @@ def _teach_trainer() -> None:
     from transformers.trainer_utils import HubStrategy
 
     push_checkpoint, push = Trainer._push_from_checkpoint, Trainer.push_to_hub
-    load, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
+    load, load_best, save = Trainer._load_from_checkpoint, Trainer._load_best_model, Trainer._save_checkpoint
     if hasattr(push, "hf_prune"):
         return
 
@@ -268,9 +298,16 @@ def _teach_trainer() -> None:
         load_best(self)
         _load_rest(self, self.state.best_model_checkpoint)
 
+    @functools.wraps(save)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        for callback in _ours(self):
+            callback._before_save()
+        save(self, *args, **kwargs)
+
     push_to_hub.hf_prune = True
     Trainer._push_from_checkpoint, Trainer.push_to_hub = _push_from_checkpoint, push_to_hub
     Trainer._load_from_checkpoint, Trainer._load_best_model = _load_from_checkpoint, _load_best_model
+    Trainer._save_checkpoint = _save_checkpoint
     _keep_section(Trainer)
 
 

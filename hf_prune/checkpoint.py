@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -55,7 +56,7 @@ class Checkpoint(Weights):
         self.stored, self._earlier = {}, earlier
         self.source, self.work, self.device, self.ranks = source, work, device, ranks
         self.masks = Masks(folder=(work / f"rank-{ranks.index}" if ranks.index else work) / "masks")
-        self._model, self._loader, files = model, _Loader(model, device), _files_of(source)
+        self._model, self._loader, files = model, _Loader(model, device), files_of(source)
         self._paths = sorted(set(files.values()))
         self._at_first = self._state()
         prefixes = [f"{block.name}." for block in blocks_of(model)]
@@ -142,17 +143,6 @@ class Checkpoint(Weights):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
         write_whole(path, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
-    def write_index(self) -> None:
-        """Names the shards, which are all there."""
-        weights, total = {}, 0
-        for path in map(self.shard, self._parts):
-            with open(path, "rb") as file:
-                total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-            with safe_open(path, "pt") as file:
-                weights.update(dict.fromkeys(file.keys(), path.name))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-        (self.work / "model" / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
     def shard(self, part: int | None) -> Path:
         return self.work / "model" / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
 
@@ -190,17 +180,10 @@ class CheckpointJournal(Journal):
         super().__init__(checkpoint.work, identity, checkpoint.ranks)
         self._checkpoint = checkpoint
 
-    def save_block(
-        self,
-        index: int,
-        parameters: dict[str, nn.Parameter],
-        masks: dict[str, Tensor],
-        report: BlockReport,
-        *states: Sequence,
-    ) -> None:
+    def save_block(self, index: int, parameters: dict[str, nn.Parameter], masks: dict[str, Tensor], *rest: Any) -> None:
         if not self.ranks.index:
             self._checkpoint.write(index)
-        super().save_block(index, {}, {}, report, *states)
+        super().save_block(index, {}, {}, *rest)
 
     def _is_done(self, index: int) -> bool:  # shards may have become the output already
         return super()._is_done(index) and self._checkpoint.shard(index).exists()
@@ -272,8 +255,24 @@ def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
             raise ValueError(f"the weights of {name} are not finite: load the checkpoint again, in bfloat16 or float32.")
 
 
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Key of a tensor -> the file that holds it."""
+def write_index(folder: Path) -> None:
+    """Names the shards in `folder`, which are all there."""
+    weights, total = {}, 0
+    for path in folder.glob("model-?????-of-?????.safetensors"):
+        with open(path, "rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+        with safe_open(path, "pt") as file:
+            weights.update(dict.fromkeys(file.keys(), path.name))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def files_of(folder: Path, check: Callable[[Path, Path], None] = lambda path, folder: None) -> dict[str, Path]:
+    """Key of a tensor -> the file that holds it; each may be refused by `check` before it is opened.
+
+    Raises:
+        ValueError: no safetensors, one is missing or damaged.
+    """
     if (folder / "model.safetensors").is_file():  # before an index, as Transformers has it
         named = {"": "model.safetensors"}
     elif (folder / INDEX).is_file():
@@ -288,6 +287,7 @@ def _files_of(folder: Path) -> dict[str, Path]:
     for name in sorted(set(named.values())):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing: download it again.")
+        check(folder / name, folder)
         with readable(folder / name, "weights"), safe_open(folder / name, "pt") as file:
             found.update(dict.fromkeys(file.keys(), folder / name))
     if lost := sorted(set(named) - {""} - set(found)):
@@ -304,7 +304,7 @@ def dtype_of(folder: Path) -> torch.dtype:
     Raises:
         ValueError: no safetensors, or damaged ones.
     """
-    path = min(_files_of(folder).values(), default=None)
+    path = min(files_of(folder).values(), default=None)
     with readable(path, "weights"), safe_open(path, "pt") as file:
         stored = [file.get_slice(key).get_dtype() for key in file.keys()]
     return next((_DTYPES[name] for name in stored if name in _DTYPES), torch.float32)

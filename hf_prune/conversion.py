@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from .atomic import readable, replaced_folder
-from .compact import INDEX, CompactFiles, expanded
+from .checkpoint import files_of, write_index
+from .compact import CompactFiles, expanded
 from .config import CONFIG_FILE, PruningConfig
 from .masks import Masks, unpack
 from .model_card import card_of, write_card
@@ -87,17 +88,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, files: Any, plan: list[list[str]]) -> None:
-    weight_map, total = {}, 0
     for i, names in enumerate(tqdm(plan, desc="expand", unit="shard")):
         path = folder / ("model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors")
-        tensors = {name: files.get_tensor(name) for name in names}
-        save_file(tensors, path, {"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors  # before those of the next file are made
-        weight_map.update(dict.fromkeys(names, path.name))
+        save_file({name: files.get_tensor(name) for name in names}, path, {"format": "pt"})
     if len(plan) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_index(folder)
 
 
 class _Legacy(contextlib.ExitStack):
@@ -118,15 +113,10 @@ class _Legacy(contextlib.ExitStack):
         if how.get("config_groups"):
             raise ValueError(f"{folder} is quantized as well as {self.format}: only sparse weights can be expanded.")
         self._folder = folder
-        self._files: dict[str, Any] = {}
         with readable(folder, self.format):
-            names, index = {"model.safetensors"}, folder / INDEX
-            if index.is_file():
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            for name in sorted(names):
-                check_inside(folder / name, folder)
-                file = self.enter_context(safe_open(folder / name, "pt"))
-                self._files.update(dict.fromkeys(file.keys(), file))
+            paths = files_of(folder, check_inside)
+            opened = {path: self.enter_context(safe_open(path, "pt")) for path in set(paths.values())}
+            self._files = {key: opened[path] for key, path in paths.items()}
             self.bits, self.shapes = {}, {}
             for module in [key.removesuffix(".compressed") for key in self._files if key.endswith(".compressed")]:
                 self.shapes[f"{module}.weight"] = tuple(self._part(module, "shape").flatten().tolist())

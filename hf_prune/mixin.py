@@ -24,10 +24,11 @@ from .calibration import batches_of
 from .checkpoint import check_finite
 from .compact import compress
 from .config import PruningConfig
+from .journal import fingerprint
 from .masks import Masks, is_quantised
 from .model_card import base_card, card_of, of_others, without_section, write_card, write_text
 from .perp import merged_state
-from .pruning import check_model, is_dequantized, prune_model, sequences_for
+from .pruning import check_model, identity_of, is_dequantized, prune_model, sequences_for
 from .ranks import Ranks
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
@@ -189,6 +190,8 @@ def reconstruct(
 ) -> dict[str, tuple[float, float]]:
     """Trains every block of a pruned `model` in place to give the output of the `dense` model's, its masks held.
 
+    Of several processes, which must all be given the same, each does all of the work.
+
     Args:
         calibration, tokenizer, n_samples, sequence_length, seed: as in `calibration_sequences`.
 
@@ -209,8 +212,12 @@ def reconstruct(
         shapes = [[(n, p.shape) for n, p in model.named_parameters()] for model in (model, dense)]
         if model is dense or shapes[0] != shapes[1]:
             raise ValueError("dense must be the model before pruning: another instance, with parameters of the same shapes.")
-        batches = batches_of(sequences_for(model, config, calibration, tokenizer), how.batch_tokens)
+        sequences = sequences_for(model, config, calibration, tokenizer)
+        batches = batches_of(sequences, how.batch_tokens)
         how.split(len(batches))
+        if (ranks := Ranks.launched()).count > 1:
+            given = {"how": str(how), "masks": state.masks.digest()[:16], "dense weights": fingerprint(dense.parameters())}
+            ranks.check_same(identity_of(model, config, sequences, fingerprint(model.parameters())) | given)
         with Undo(decoder.parameters) as undo:
             errors = reconstruct_blocks(decoder, original, state.masks, batches, how, undo.save)
     if state.report:
@@ -246,7 +253,9 @@ def install() -> None:
         if kwargs.get("state_dict"):
             kwargs["state_dict"] = merged_state(self, kwargs["state_dict"])
         state = _state_to_save(self, compact, variant, kwargs.get("state_dict") or {})
-        if _is_adapted(self) or not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
+        decides = getattr(self, "should_save_on_this_rank", bool)  # Transformers 5 writes in the first process, whoever calls
+        writes = decides(kwargs.get("is_main_process", True))
+        if _is_adapted(self) or not writes or os.path.isfile(save_directory):
             return original(self, save_directory, **kwargs)
         if state and os.path.exists(os.path.join(save_directory, ADAPTER)):
             raise ValueError(f"{save_directory} holds an adapter, which would be loaded instead: save to another folder.")

@@ -125,7 +125,8 @@ class Adapted:
     def forward(self, x: Tensor) -> Tensor:
         if self.perp.kind not in ("lora", "lora_prune", "head"):
             return _EffectiveProduct.apply(x, self.perp_A, self.perp_B, self.bias, self)
-        return super().forward(x) + _low_rank(x, self)
+        low = F.linear(F.linear(x.to(self.perp_A.dtype), self.perp_A), self.perp_B) * self.perp.scale
+        return super().forward(x) + low.to(low.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype)
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -162,25 +163,18 @@ def merged_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
     return merged
 
 
-def _low_rank(x: Tensor, module: Adapted) -> Tensor:
-    low = F.linear(F.linear(x.to(module.perp_A.dtype), module.perp_A), module.perp_B)
-    return (low * module.perp.scale).to(x.dtype if not torch.is_autocast_enabled(x.device.type) else low.dtype)
-
-
 class Attached:
     """What `attach` made of a model, until `merge` or `detach` ends it.
 
     Attributes:
         trainable: name -> parameter that requires a gradient.
         left_out: names of pruned weights that no adapter can be put on (fused experts): they stay as they are.
-        hooks: more that end with it.
     """
 
     def __init__(self, model: nn.Module, masks: Masks):
         self.model, self.masks = model, masks
         self.adapted: dict[str, Adapted] = {}
         self.left_out: list[str] = []
-        self.hooks: list[Any] = []
         self._before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
         self._numel = sum(p.numel() for p in model.parameters())
         self._biases: list[nn.Module] = []
@@ -251,8 +245,7 @@ class Attached:
         if self._embedding is not None:
             self._take_off("", self._embedding)
         self._embedding, self._made = None, (None, None)
-        for hook in self.hooks:
-            hook.remove()
+        take_hooks_off(self.model)
         for name, parameter in self.model.named_parameters():
             required, dtype = self._before.get(name, (parameter.requires_grad, parameter.dtype))
             parameter.requires_grad_(required)
@@ -320,9 +313,9 @@ def attach(
     return result
 
 
-def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor, Any]]:
-    """From now on pruned weights get no gradient, before anything clips or uses it: each parameter, its packed bits, and the handle
-    that ends it. Of parameters that FSDP2 has sharded, the bits of the rows in this process. Frozen ones may be trained later."""
+def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter, Tensor]]:
+    """Until `take_hooks_off` pruned weights get no gradient, before anything clips or uses it: each parameter and its packed bits.
+    Of parameters that FSDP2 has sharded, the bits of the rows in this process. Frozen ones may be trained later."""
     held = []
     for name, parameter in masks.parameters_of(model).items():
         if parameter.is_floating_point():
@@ -331,7 +324,8 @@ def masked_gradients(model: nn.Module, masks: Masks) -> list[tuple[nn.Parameter,
             bits = bits.to(mine.device) if trained else bits
             hook = parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(_fill_gradient, bits))
             parameter.requires_grad_(trained)
-            held.append((parameter, bits, hook))
+            add_hooks(model, hook)
+            held.append((parameter, bits))
     return held
 
 
@@ -349,17 +343,20 @@ def zero_here_(tensor: Tensor, bits: Tensor) -> None:
 HOOKS, ATTACHED = "_hf_prune_hooks", "_hf_prune_attached"  # attributes of a model: of the training that goes on
 
 
-def take_hooks_off(model: nn.Module, *new: Any) -> None:
-    """Removes the hooks that an earlier training left on `model`; those that are `new` will be the next."""
+def add_hooks(model: nn.Module, *hooks: Any) -> None:
+    """From now on `take_hooks_off`, and so the end of what is `Attached`, removes them."""
+    model.__dict__.setdefault(HOOKS, []).extend(hooks)
+
+
+def take_hooks_off(model: nn.Module) -> None:
+    """Removes the hooks that a training has put, or an interrupted one left, on `model`."""
     for hook in model.__dict__.pop(HOOKS, ()):
         hook.remove()
-    if new:
-        model.__dict__[HOOKS] = new
 
 
-def add_hook(model: nn.Module, hook: Any) -> None:
-    """One more that `take_hooks_off` removes."""
-    model.__dict__[HOOKS] = (*model.__dict__.get(HOOKS, ()), hook)
+def let_gradients_through(model: nn.Module) -> None:
+    """Of frozen embeddings checkpointed blocks would have no gradient. Transformers' own hook may be lost, not removed."""
+    add_hooks(model, model.get_input_embeddings().register_forward_hook(lambda module, x, y: y.requires_grad_(True)))
 
 
 def release(model: nn.Module, merge: bool = False) -> None:
@@ -430,9 +427,7 @@ def _adapt_head(result: Attached, rank: int, alpha: float, generator) -> list[nn
     result.adapted[next(name for name, module in model.named_modules() if module is head)] = head
     if tied:
         embedding.__dict__["perp_head"] = (head,)  # within a tuple it is no submodule
-        embedding.__dict__["perp_was"] = type(embedding)
-        result._embedding = _swap(embedding, AdaptedEmbedding)
-        _hook_state_dict(embedding)
+        result._embedding = _become(embedding, AdaptedEmbedding)
     return added
 
 
@@ -447,9 +442,7 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
     module.perp_A, module.perp_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
     module.register_buffer("perp_bits", bits.to(device), persistent=False)
     module.__dict__["perp"] = Adapter(adapter.kind, adapter.scale, transposed)
-    _hook_state_dict(module)
-    module.__dict__["perp_was"] = type(module)
-    _swap(module, AdaptedConv1D if transposed else AdaptedLinear)
+    _become(module, AdaptedConv1D if transposed else AdaptedLinear)
     return [module.perp_A, module.perp_B]
 
 
@@ -486,18 +479,20 @@ def _plain(cls: type, was: type) -> type:
     return type(cls.__name__.replace(adapted.__name__, was.__name__), bases, dict(vars(cls)))
 
 
-def _swap(module: nn.Module, cls: type) -> nn.Module:
-    module.__class__ = cls
-    if "_old_forward" in module.__dict__:  # accelerate moves the inputs of a dispatched model, then calls this
-        module._old_forward = types.MethodType(cls.forward, module)
-    return module
-
-
-def _hook_state_dict(module: nn.Module) -> None:
+def _become(module: nn.Module, cls: type) -> nn.Module:
+    module.__dict__["perp_was"] = type(module)
     module.__dict__["perp_hooks"] = [
         module.register_state_dict_post_hook(_show_effective),
         module.register_load_state_dict_pre_hook(_keep_own_weight),
     ]
+    _swap(module, cls)
+    return module
+
+
+def _swap(module: nn.Module, cls: type) -> None:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:  # accelerate moves the inputs of a dispatched model, then calls this
+        module._old_forward = types.MethodType(cls.forward, module)
 
 
 def _show_effective(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .callbacks import TrainingCallback
+from .callbacks import TrainingCallback, sharding_of
 from .patterns import check_count
-from .perp import take_hooks_off
+from .perp import add_hooks, take_hooks_off
 from .pruning import check_model
 from .ranks import Ranks
 from .serialization import STATE
@@ -96,7 +96,7 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
         }
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.fsdp or getattr(args, "deepspeed", None):
+        if sharding_of(args)[0]:
             raise ValueError("EfficientLLMCallback cuts whole parameters: use DDP, not FSDP or DeepSpeed.")
         if args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end may load a model that is larger than the last one: set it to False.")
@@ -134,7 +134,8 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
             kinds = self._plan.kinds_of(self._groups)
             self._compensation = Compensation(self._groups, kinds, grams=grams, ranks=Ranks.launched())
             self._model = model
-            take_hooks_off(model, *self._compensation.handles)
+            take_hooks_off(model)
+            add_hooks(model, *self._compensation.handles)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step < self._span(state.max_steps)[1]:
@@ -203,6 +204,10 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
         if self._groups is None or self._groups.decoder.model is not model:  # of model_init
             self._find(model, begun=True)
         shape_to(self._groups, state)
+
+    def _before_save(self) -> None:
+        if self._compensation:  # only one process saves, and all of them go on from what it saved
+            self._compensation.average()
 
     def _span(self, steps: int) -> tuple[int, int]:
         """The step after which removal begins, and that of the last removal."""

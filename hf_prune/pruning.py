@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def prune_model(
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(model))
         stack.enter_context(weights.in_charge())
-        _check_finite(weights.stored.items(), ranks)
+        with ranks.agreeing():  # each may have other rows
+            check_finite(weights.stored.items())
         decoder = Decoder(model, weights.present)
         linears, skipped = _targets(decoder, config)
         patterns = config.patterns_for([x.name for x in linears])
@@ -93,9 +94,10 @@ def prune_model(
         how = Reconstruction() if reconstruct is True else reconstruct or None
         if how and config.comparison_group == "model":
             raise ValueError("group='model' prunes all blocks at once: prune first, then call hf_prune.reconstruct.")
-        if how and GradientNorm in config.method.needs and config.method.scope == "block":
+        scope = config.method.scope if GradientNorm in config.method.needs else None
+        if how and scope == "block":
             raise ValueError("scope='block' runs sequences one by one: prune first, then call hf_prune.reconstruct.")
-        if decoder.shared and not weights.together and GradientNorm in config.method.needs and config.method.scope == "model":
+        if decoder.shared and not weights.together and scope == "model":
             name = type(model).__name__
             raise ValueError(
                 f"blocks of {name} hand keys and values on to others: use GBLM(scope='block'), or prune it in memory."
@@ -111,27 +113,21 @@ def prune_model(
             raise ValueError(f"reconstruction runs in one process, and there are {ranks.count}: prune first, then reconstruct.")
         journal = None
         if checkpoint or ranks.count > 1 or (resume_dir is not None and needs_data):
-            identity = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
+            identity = identity_of(model, config, sequences, weights.identity)
             identity |= {"reconstruct": str(how)} if how else {}
             identity |= {"bf16": "true"} if bf16 else {}
             identity |= {
-                "calibration": fingerprint(sequences),
-                "weights": weights.identity,
                 "earlier masks": old_masks.digest()[:16],
                 "given masks": fixed_masks.digest()[:16],
                 "tokens_per_batch": str(tokens_per_batch),
-                "versions": json.dumps(_versions()),
-            }
-            identity |= {
-                f"model's {key}": json.dumps(value, sort_keys=True, default=str)
-                for key, value in model.config.to_dict().items()
-                if key not in ("_name_or_path", "transformers_version")
             }
             ranks.check_same(identity | {"resume_dir": "none" if resume_dir is None else "some"})
             identity |= {"processes": str(ranks.count)} if ranks.count > 1 else {}
             place = checkpoint.work if checkpoint else resume_dir if needs_data else None
             if place is not None:
-                _lock(Path(place), stack, ranks)
+                with ranks.agreeing():
+                    if not ranks.index:
+                        stack.enter_context(alone_in(Path(place)))
                 journal = CheckpointJournal(checkpoint, identity) if checkpoint else Journal(place, identity, ranks)
         changed = parameters.values() if how is None else decoder.parameters
         with Undo(changed) as undo:
@@ -150,8 +146,8 @@ def prune_model(
             if not needs_data:
                 blocks = prune_without_data(plan, journal)
             else:
-                by_block = GradientNorm in config.method.needs and config.method.scope == "block"
-                if GradientNorm in config.method.needs and not by_block:
+                by_block = scope == "block"
+                if scope and not by_block:
                     before = time.perf_counter()
                     some = sequences[: config.method.gradient_samples]
                     find, place = _gradients if weights.together else gradients_by_block, journal
@@ -202,29 +198,6 @@ def prune_model(
     for line in by_reason({**unasked, **report.notes}):
         logger.warning(line)
     return masks, report
-
-
-def _lock(folder: Path, stack: contextlib.ExitStack, ranks: Ranks) -> None:
-    """Until `stack` ends no other run works in `folder`; raises ValueError in all processes if one does."""
-    problem = ""
-    if not ranks.index:
-        try:
-            stack.enter_context(alone_in(folder))
-        except ValueError as error:
-            problem = str(error)
-    if problem := ranks.gathered(problem)[0]:
-        raise ValueError(problem)
-
-
-def _check_finite(parameters: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
-    """As `check_finite`, in all processes, each of which may have other rows."""
-    try:
-        check_finite(parameters)
-        problem = ""
-    except ValueError as error:
-        problem = str(error)
-    if problems := [told for told in ranks.gathered(problem) if told]:
-        raise ValueError(problems[0])
 
 
 def check_device(device: str | torch.device, name: str = "device") -> None:
@@ -369,6 +342,16 @@ def sequences_for(model: PreTrainedModel, config: PruningConfig, calibration: An
         sampling=config.sampling,
         vocab_size=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def identity_of(model: PreTrainedModel, config: PruningConfig, sequences: list[Tensor], weights: str) -> dict[str, str]:
+    """What every result depends on, each as a short text; `weights` tells of those of `model`."""
+    identity = {key: json.dumps(value, sort_keys=True) for key, value in config.to_dict().items()}
+    identity |= {"calibration": fingerprint(sequences), "weights": weights, "versions": json.dumps(_versions())}
+    # The last three are set where the model is saved, maybe not in all processes.
+    unsaid = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    values = {"dtype": str(model.dtype), **{key: value for key, value in model.config.to_dict().items() if key not in unsaid}}
+    return identity | {f"model's {key}": json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
 
 
 def facts_of(model: PreTrainedModel, calibration: Any, sequences: list[Tensor], started: float) -> dict[str, Any]:

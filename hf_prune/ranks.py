@@ -83,6 +83,17 @@ class Ranks:
         """Until all are here."""
         self.gathered(None)
 
+    @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A ValueError within, in one process or another, is one in all of them."""
+        problem = ""
+        try:
+            yield
+        except ValueError as error:
+            problem = str(error)
+        if problems := [told for told in self.gathered(problem) if told]:
+            raise ValueError(problems[0])
+
     def check_same(self, identity: dict[str, str]) -> None:
         """Refuses, in all processes, to begin where they were given different things.
 

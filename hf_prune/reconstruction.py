@@ -156,10 +156,10 @@ def _train(
     for name in attached.left_out:
         logger.warning(f"{part.block.name}.{name} takes no adapter and stays as it is.")
     half = how.bf16 or next(part.module.parameters()).dtype != torch.float32 or inputs[0].dtype != torch.float32
-    device, hooks = part.block.device, []
+    device = part.block.device
     try:
         parameters = list(attached.trainable.values())
-        hooks += [hook for _, _, hook in masked_gradients(part.module, local)]
+        masked_gradients(part.module, local)
         optimizer, schedule = optimizer_of(parameters, how.rate(inputs[0].shape[-1]), how.epochs * len(trained))
         order = torch.Generator().manual_seed(how.seed)
         # Its cache would go on serving the weights of the first step.
@@ -186,9 +186,6 @@ def _train(
     except BaseException:
         attached.detach()
         raise
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _masks_within(part: Part, masks: Masks) -> Masks:

@@ -157,11 +157,7 @@ class PruningReport:
             + (f"; peak memory {self.peak_memory / 2**30:.2f} GiB" if self.peak_memory else ""),
         ]
         if pairs := [block.reconstruction for block in self.blocks if block.reconstruction]:
-            kept = [
-                block.name
-                for block in self.blocks
-                if block.reconstruction and block.reconstruction[0] == block.reconstruction[1]
-            ]
+            kept = [b.name for b in self.blocks if b.reconstruction and b.reconstruction[0] == b.reconstruction[1]]
             lines.append(
                 f"reconstruction: error on held-out calibration text {_mean([a for a, _ in pairs]):.4f} before, "
                 f"{_mean([b for _, b in pairs]):.4f} after" + (f"; no better, so left alone: {', '.join(kept)}" if kept else "")

@@ -62,9 +62,9 @@ class Plan:
 class _Input:
     """The statistics of one input, shared by the linears that read it, and a few of its rows."""
 
-    def __init__(self, kinds: list[type], linear: Linear, n_batches: int, device: torch.device):
+    def __init__(self, kinds: list[type], linear: Linear, n_batches: int):
         self.linear = linear
-        self.statistics = {kind: kind(linear.in_features, device) for kind in kinds}
+        self.statistics = {kind: kind(linear.in_features, linear.parameter.device) for kind in kinds}
         self._per_batch = -(-_SAMPLE // max(n_batches, 1))
         self._rows: list[Tensor] = []
         self._sampled = 0
@@ -242,9 +242,9 @@ class _BlockWork:
 
     def in_one_pass(self, calls: list[Call], states: list[Tensor], store: Store) -> None:
         """propagate="linear"; `states` become the block's outputs, in place."""
-        heard = self._listener(len(calls))
+        self._n_batches = len(calls)
         run_lockstep(
-            self.block, calls, states, self.linears, heard, lambda linear: self._prune_groups([linear.group]), store,
+            self.block, calls, states, self.linears, self._hear, lambda linear: self._prune_groups([linear.group]), store,
             self.plan.ranks.lowest,
         )  # fmt: skip
         self._prune_unreached()
@@ -252,14 +252,14 @@ class _BlockWork:
     def in_two_passes(self, calls: list[Call], states: list[Tensor], store: Store, again: bool = True) -> None:
         """propagate="block"; `states` become the block's outputs, in place, unless it need not run `again`."""
         first = {group[0] for group in self.groups.values()}
-        heard = self._listener(len(calls))
+        self._n_batches = len(calls)
         last = max((linear for linear in self.linears if linear.called), key=lambda linear: linear.rank, default=None)
         # An expert may be called or not, so only a plain linear tells that all others have been heard.
         stop_at = last if last is not None and last.rank[1:] == (0, 0) and last is self.block.linears[-1] else None
 
         def listener(linear: Linear, x: Tensor) -> None:
             if linear in first:
-                heard(linear, x)
+                self._hear(linear, x)
             if linear is stop_at:
                 raise _Heard
 
@@ -287,28 +287,23 @@ class _BlockWork:
     def reports(self) -> list[LinearReport]:
         return [self._reports[linear.name] for linear in self.linears]
 
-    def _listener(self, n_batches: int) -> Callable[[Linear, Tensor], None]:
-        self._n_batches = n_batches
-
-        def heard(linear: Linear, x: Tensor) -> None:
-            if linear.group not in self._inputs:
-                self._inputs[linear.group] = self._input(linear)
-            with _autocast(self.block, False):
-                self._inputs[linear.group].update(x)
-
-        return heard
+    def _hear(self, linear: Linear, x: Tensor) -> None:
+        with _autocast(self.block, False):
+            self._input(linear).update(x)
 
     def _input(self, linear: Linear) -> _Input:
-        kinds = [kind for kind in self.plan.method.needs if kind is not GradientNorm]
-        return _Input(kinds, linear, self._n_batches, linear.parameter.device)
+        """That of `linear`, empty if it has not been heard."""
+        if linear.group not in self._inputs:
+            kinds = [kind for kind in self.plan.method.needs if kind is not GradientNorm]
+            self._inputs[linear.group] = _Input(kinds, linear, self._n_batches)
+        return self._inputs[linear.group]
 
     def _prune_groups(self, groups: list) -> None:
         """Linears whose inputs have arrived in one process or another."""
         for group in groups:
-            if group not in self._inputs:
-                self._inputs[group] = self._input(self.groups[group][0])
-            self._inputs[group].add_up(self.plan.ranks)
-            self._inputs[group].check()
+            source = self._input(self.groups[group][0])
+            source.add_up(self.plan.ranks)
+            source.check()
         if self.plan.group == "block":
             self.fixed = _joint_masks(self.plan, self.linears, self._inputs, self.gradients)
         self._prune([_Task(self.groups[group], self.plan.method, group) for group in groups])

@@ -14,7 +14,9 @@ from .blocks import as_it_was
 from .calibration import batches_of
 from .checkpoint import check_finite
 from .config import PruningConfig
-from .pruning import check_model, count_peak, facts_of, sequences_for
+from .journal import fingerprint
+from .pruning import check_model, count_peak, facts_of, identity_of, sequences_for
+from .ranks import Ranks
 from .report import PruningReport
 from .structural import Groups, built_with, check, groups_of, remove
 from .structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, made_legal
@@ -36,7 +38,8 @@ def shrink_model(
     """Takes groups out of `model`, in place, as `config` with a structural method and pattern says.
 
     As many go from every block, so that the result is an ordinary model with a config of its own; of a share so many that the nearest
-    multiple of `together` below what there was is left, if there is one. Gradients that parameters held are gone.
+    multiple of `together` below what there was is left, if there is one. Gradients that parameters held are gone. Of several processes,
+    which must all be given the same, each does all of the work.
 
     Raises:
         ValueError, TypeError: what cannot be done as asked; the model has not changed then.
@@ -66,6 +69,9 @@ def shrink_model(
         if counts and (reason := illegal(built_with(groups, counts).config)):
             raise ValueError(f"pattern '{pattern}' leaves {counts}, which no model of this architecture has: {reason}")
         sequences = sequences_for(model, config, calibration, tokenizer)
+        if (ranks := Ranks.launched()).count > 1:
+            given = {"tokens_per_batch": str(tokens_per_batch)}
+            ranks.check_same(identity_of(model, config, sequences, fingerprint(model.parameters())) | given)
         shape = _shape(groups, sequences[0])
         saliency = Saliency(groups, method.order, decay=0.0)
         listening = Compensation(groups, plan.kinds_of(groups), decay=None) if method.compensate else None

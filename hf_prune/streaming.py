@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .atomic import check_writable, move_whole
-from .checkpoint import Checkpoint, dtype_of
+from .checkpoint import Checkpoint, dtype_of, write_index
 from .config import PruningConfig
 from .masks import Masks
 from .model_card import CARD, card_of, write_card
@@ -78,7 +80,8 @@ def prune_checkpoint(
         raise ValueError(f"{what} looks at all blocks at once: load the model and call model.prune(config).")
     check_device(device)
     ranks, target = Ranks.launched(), Path(dst).resolve()
-    source = Path(src) if Path(src).is_dir() else Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
+    ranks.check_same({"dst": str(target)})
+    source = _fetched(src)
     if target.is_relative_to(source.resolve()):
         raise ValueError(f"{dst} is the source or in it, and the source is not changed: give another folder.")
     work = work_of(target)
@@ -122,6 +125,17 @@ def prune_checkpoint(
     return report
 
 
+def _fetched(src: str | Path) -> Path:
+    """The folder `src`, or that into which the Hub's model of this name was downloaded."""
+    if Path(src).is_dir():
+        return Path(src)
+    try:
+        validate_repo_id("" if isinstance(src, Path) else src)
+    except HFValidationError as error:
+        raise ValueError(f"there is no folder {src}: give that of a model, or the name of one on the Hub.") from error
+    return Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
+
+
 def _skeleton(source: Path, name: str) -> PreTrainedModel:
     """The model of the folder without its weights, which are on the "meta" device; buffers that no file holds are there."""
     config = AutoConfig.from_pretrained(source)
@@ -140,8 +154,8 @@ def _finish(checkpoint: Checkpoint, state: PruningState, model: PreTrainedModel,
     """All that belongs into the folder beside the shards of the blocks; `card` is that of a source that was pruned before."""
     with checkpoint.present(None):
         checkpoint.write(None)
-    checkpoint.write_index()
     folder, source = checkpoint.work / "model", checkpoint.source
+    write_index(folder)
     for entry in source.iterdir():
         if not (entry.suffix in _OTHER_WEIGHTS or is_weight_file(entry.name) or is_replaced(entry.name)):
             if entry.name == CHAT_TEMPLATE_DIR or (entry.is_file() and entry.name != CARD and not entry.name.startswith(".")):

@@ -19,7 +19,7 @@ from .blocks import as_it_was
 from .distillation import Distillation
 from .masks import Masks
 from .patterns import check_count
-from .perp import attach, masked_gradients
+from .perp import add_hooks, attach, let_gradients_through, masked_gradients
 from .pruning import check_model
 from .reconstruction import optimizer_of
 from .serialization import state_of
@@ -193,11 +193,9 @@ def _retrained(
         for parameter in own:
             if parameter.requires_grad:
                 undo.save(parameter)
-        for *_, handle in masked_gradients(model, masks):
-            undone.callback(handle.remove)
+        masked_gradients(model, masks)
         if distillation is not None:
-            undone.callback(model.register_forward_hook(distillation, with_kwargs=True).remove)
-        if getattr(model, "is_gradient_checkpointing", False):  # it may ask for inputs that need a gradient
-            embedding = model.get_input_embeddings()
-            undone.callback(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True)).remove)
+            add_hooks(model, model.register_forward_hook(distillation, with_kwargs=True))
+        if model.is_gradient_checkpointing:
+            let_gradients_through(model)
         yield list(attached.trainable.values())

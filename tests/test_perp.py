@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_prune
-from hf_prune import Distillation, KeepMasksCallback, Masks, PERPCallback, PruningConfig, Reconstruction
+from hf_prune import Distillation, EfficientLLMCallback, KeepMasksCallback, Masks, PERPCallback, PruningConfig, Reconstruction
 from hf_prune.blocks import Decoder, eager_experts, halves_of
 from hf_prune.perp import KINDS, AdaptedLinear, attach, release
 from hf_prune.reconstruction import outputs_of
@@ -337,14 +337,27 @@ def test_errors(tmp_path):
     attached.detach()
 
 
-def test_sharded_parameters_are_refused():
-    for config, match in (({"version": 1}, "not FSDP1"), ({"cpu_ram_efficient_loading": "true"}, "emptied and loaded again")):
-        args = types.SimpleNamespace(fsdp=True, fsdp_config=config, deepspeed=None)
+@pytest.mark.parametrize("launched", [False, True])
+def test_sharded_parameters_are_refused(launched, monkeypatch):
+    """Whether `TrainingArguments` say that they are sharded, or `accelerate launch` does, in the environment."""
+
+    def refused(match, callback, version=2, emptied=False, dtype=torch.float32):
+        config = {"version": version, "cpu_ram_efficient_loading": str(emptied).lower()}
+        args = types.SimpleNamespace(fsdp=not launched, fsdp_config=config, deepspeed=None, bf16=False, fp16=False)
+        if launched:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+            for name, value in config.items():
+                monkeypatch.setenv(f"FSDP_{name.upper()}", str(value))
+        before = snapshot(model := pruned(dtype=dtype))
         with pytest.raises(ValueError, match=match):
-            PERPCallback().on_init_end(args, None, None, model=pruned())
-    with pytest.raises(ValueError, match="train PEFT's own LoRA"):
-        args = types.SimpleNamespace(fsdp=True, fsdp_config={}, deepspeed=None)
-        PERPCallback("lora").on_init_end(args, None, None, model=pruned())
+            callback.on_init_end(args, None, None, model=model)
+        assert same(model, before) and all(p.requires_grad and p.dtype == dtype for p in model.parameters())
+
+    refused("not FSDP1", PERPCallback(), version=1)
+    refused("emptied and loaded again", PERPCallback(), emptied=True)
+    refused("train PEFT's own LoRA", PERPCallback("lora"))
+    refused("gives bfloat16 and float32: set bf16=True", PERPCallback(), dtype=torch.bfloat16)
+    refused("use DDP, not FSDP", EfficientLLMCallback(0.7))
     model = pruned()
     model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks its parameters
     with pytest.raises(ValueError, match="not under FSDP1 or ZeRO-3"):
@@ -359,6 +372,13 @@ for kind in ("mask_lora", "full"):
     masks = model.pruning_masks
     test_perp.train(model, kind, test_perp.PERPCallback(train=kind), save_strategy="steps", save_steps=3)
     assert test_perp.holds(model, masks)
+import pytest
+for callback in (test_perp.PERPCallback(), test_perp.KeepMasksCallback()):
+    other = test_perp.pruned()
+    if torch.distributed.get_rank():  # keeps more
+        other.pruning_masks.packed("model.layers.1.mlp.up_proj.weight")[:] = 255
+    with pytest.raises(ValueError, match="given different masks"):
+        test_perp.train(other, "other", callback)
 """
     in_two_processes(tmp_path, code)
     for kind in ("mask_lora", "full"):

@@ -28,13 +28,14 @@ CASES = {
 }
 
 _SCRIPT = """
-import os, sys
+import os, sys, time
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 import torch
 torch.set_num_threads(1)
-from conftest import ids_for, make, same, snapshot
+from conftest import HUB, ids_for, make, same, snapshot
 import hf_prune
 from hf_prune import PruningConfig
+from hf_prune.journal import fingerprint
 from hf_prune.ranks import Ranks
 from test_ranks import CASES, SMALL
 
@@ -54,23 +55,63 @@ ranks.wait()
 report = hf_prune.prune_checkpoint(src, dst, PruningConfig("sparsegpt", **SMALL), ids_for())
 found["from disk to disk"] = (snapshot(hf_prune.load(dst)), dict(hf_prune.load(dst).pruning_masks), [x.error for x in report.linears])
 
-def refused(word, config, ids, **changes):
-    model = make("llama", **changes)
-    before = snapshot(model)
+def told(word, act, *args, **options):
     try:
-        model.prune(config, ids)
+        act(*args, **options)
     except ValueError as error:
         assert word in str(error) and "rank 0" in str(error), error
     else:
         raise AssertionError("not refused")
+
+def refused(word, config, ids, **changes):
+    model = make("llama", **changes)
+    before = snapshot(model)
+    told(word, model.prune, config, ids)
     assert same(model, before)
 
-refused("calibration", PruningConfig("wanda", **SMALL), ids_for(seed=ranks.index))
-refused("pattern", PruningConfig("wanda", ["2:4", "4:8"][ranks.index], **SMALL), ids_for())
-refused("weights", PruningConfig("wanda", **SMALL), ids_for(), seed=ranks.index)
+for method, patterns in ("wanda", ["2:4", "4:8"]), ("taylor", ["ffn:0.5", "ffn:0.25"]):
+    refused("calibration", PruningConfig(method, patterns[0], **SMALL), ids_for(seed=ranks.index))
+    refused("pattern", PruningConfig(method, patterns[ranks.index], **SMALL), ids_for())
+    refused("weights", PruningConfig(method, patterns[0], **SMALL), ids_for(), seed=ranks.index)
 real, torch.__version__ = torch.__version__, f"2.{ranks.index}"
 refused("versions", PruningConfig("wanda", **SMALL), ids_for())
 torch.__version__ = real
+told("dst", hf_prune.prune_checkpoint, src, f"{dst}-{ranks.index}", PruningConfig("wanda", **SMALL), ids_for())
+
+def agreed(model):
+    ranks.check_same({"weights": fingerprint(model.parameters())})
+
+model = make("llama")
+model.prune(PruningConfig("taylor", "ffn:0.5", **SMALL), ids_for())
+agreed(model)
+model = make("llama")
+model.prune(PruningConfig("wanda", **SMALL), ids_for())
+before, how = snapshot(model), [hf_prune.Reconstruction(epochs=1, batch_tokens=n) for n in (48, 72)]
+for word, dense, seed, settings in ("calibration", 0, ranks.index, how[0]), ("dense", ranks.index, 0, how[0]), ("how", 0, 0, how[ranks.index]):
+    given = dict(how=settings, n_samples=6, sequence_length=24)
+    told(word, hf_prune.reconstruct, model, make("llama", seed=dense), ids_for(seed=seed), **given)
+assert same(model, before)
+hf_prune.reconstruct(model, make("llama"), ids_for(), how=how[0], n_samples=6, sequence_length=24)
+agreed(model)
+
+# All of them save, the second when the first has ended.
+for compact in (False, True):
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    time.sleep(0.3 * ranks.index)
+    model.save_pretrained(sys.argv[2] + "/saved", compact=compact)
+    model.push_to_hub("saved", compact=compact)
+    ranks.wait()
+    assert same(hf_prune.load(sys.argv[2] + "/saved"), snapshot(model))
+    assert ranks.index or same(hf_prune.load("tester/saved"), snapshot(model))
+assert len(HUB.repos) == 1 - ranks.index  # each has a Hub
+
+# The first saves alone, which changes its config.
+model = make("llama")
+model.prune(PruningConfig("wanda", sparsity=0.3, **SMALL), ids_for())
+if not ranks.index:
+    model.save_pretrained(sys.argv[2] + "/mid")
+model.prune(PruningConfig("wanda", **SMALL), ids_for())
 torch.save(found, f"{sys.argv[2]}/{ranks.index}.pt")
 
 # And then one of them dies, in the second block.

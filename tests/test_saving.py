@@ -195,6 +195,16 @@ def test_a_folder_of_a_lower_overlay_layer(tmp_path, monkeypatch):
     assert same(hf_prune.load(tmp_path), snapshot(model)) and (tmp_path / "notes").read_text() == "kept"
 
 
+def test_a_folder_that_another_process_has_just_made(tmp_path, monkeypatch):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text").write_text(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "exists", lambda path: False)  # as it was a moment ago
+        atomic._exchange(tmp_path / "second", tmp_path / "first")
+    assert (tmp_path / "first" / "text").read_text() == "second"
+
+
 def test_two_threads_and_one_folder(tmp_path):
     def save(text):
         with atomic.replaced_folder(tmp_path / "folder", lambda name: True) as fresh:

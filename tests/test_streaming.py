@@ -374,6 +374,9 @@ def test_bad_arguments(tmp_path):
     pruned.save_pretrained(tmp_path / "compact", compact=True)
     with pytest.raises(ValueError, match="is compact: make it ordinary with hf_prune.expand"):
         prune_checkpoint(tmp_path / "compact", tmp_path / "dst", PruningConfig("magnitude"))
+    for missing in (str(tmp_path / "no" / "folder"), "../nothing", Path("no/folder")):
+        with pytest.raises(ValueError, match=f"there is no folder {missing}: give that of a model"):
+            prune_checkpoint(missing, tmp_path / "dst", PruningConfig("magnitude"))
     with pytest.raises(TypeError, match="PruningConfig"):
         prune_checkpoint(src, tmp_path / "dst", "wanda", ids_for())
     with pytest.raises(ValueError, match="device 'cuda:99' is not here .*: give 'cpu'"):

@@ -435,8 +435,12 @@ def test_nothing_changes_when_removal_is_refused(llama):
 def test_two_processes(tmp_path):
     code = """
 import test_structural as t
-model = t.make("llama")
-t.trained(model, "run", t.EfficientLLMCallback(0.6, kinds=None, compensate=True), per_device_train_batch_size=2)
+def trained(resume=None):
+    model, callback = t.make("llama"), t.EfficientLLMCallback(0.6, kinds=None, every=3)
+    t.trained(model, "run", callback, resume, per_device_train_batch_size=2, save_strategy="steps", save_steps=5)
+    return model
+model, again = trained(), trained("run/checkpoint-5")  # between two removals
+assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(again.parameters(), model.parameters(), strict=True))
 """
     first, _ = in_two_processes(tmp_path, code)
     alone = make("llama")

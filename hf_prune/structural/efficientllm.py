@@ -8,6 +8,7 @@ what its text leaves open (running mean, normalisation, order of removal) is a f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..blocks import Linear
 from ..patterns import check_count, one_of
 from ..ranks import ALONE, Ranks
-from .groups import KINDS, Axis, Groups, Member
+from .groups import KINDS, Axis, Groups, Member, all_but
 from .shrink import built_with, illegal, shapes_with
 
 
@@ -85,9 +86,7 @@ class Saliency:
     def forget(self, drop: dict[Axis, Tensor]) -> None:
         """Of the groups at positions `drop[axis]`, which vanish."""
         for axis, positions in drop.items():
-            stay = torch.ones(len(self.values[axis]), dtype=torch.bool)
-            stay[positions] = False
-            self.values[axis] = self.values[axis][stay]
+            self.values[axis] = self.values[axis][all_but(positions, len(self.values[axis]))]
 
     def state(self) -> dict[str, Any]:
         """Plain numbers, for JSON; `restore` reads them."""
@@ -114,9 +113,7 @@ class Plan:
     Attributes:
         parameters: of the decoder blocks that are to be left: a share in (0, 1) or a number.
         counts: or kind -> number of groups that are to be left in each block ("heads" counts keys and values).
-        kinds: that may go; None are all that the model can lose.
-        together: kind -> how many groups go at a time, so that the multiples that kernels like last; 1 if not named. None is 8 for
-            "ffn" and "hidden".
+        kinds, together: see `hf_prune.EfficientLLMCallback`.
         per_parameter: compares kinds by saliency per parameter; False by the sum, under which small groups go first.
 
     Raises:
@@ -232,7 +229,6 @@ class Compensation:
     update for the removal of Q (EfficientLLM's variant B). H is a running mean of x x^T; removal cuts it like everything else.
 
     Args:
-        damping: of the mean diagonal.
         decay: of the running mean over forward passes; None is the mean over all of them.
         grams: by the name of a linear that reads the input, (in, in) float32; filled, and gone on from, in place.
         ranks: the processes that train together, each of which hears its own share.
@@ -242,12 +238,11 @@ class Compensation:
         self,
         groups: Groups,
         kinds: tuple[str, ...],
-        damping: float = 0.01,
         decay: float | None = 0.9,
         grams: dict[str, Tensor] | None = None,
         ranks: Ranks = ALONE,
     ):
-        self.damping, self.decay, self.ranks = damping, decay, ranks
+        self.decay, self.ranks = decay, ranks
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
         self.handles, self._heard = [], {}
@@ -274,25 +269,27 @@ class Compensation:
 
         return hook
 
+    def average(self, keys: Iterable[str] | None = None) -> None:
+        """Gives every process the mean of all processes' Gram matrices, of all or of `keys`, in place; all must call it."""
+        for key in self.grams if keys is None else keys:
+            self.ranks.add_up(self.grams[key])
+            self.grams[key] /= self.ranks.count
+
     @torch.no_grad()
     def apply(self, drop: dict[Axis, Tensor]) -> None:
         """Changes the readers of the groups at positions `drop[axis]`, in place, before those are removed; cuts the Gram matrices.
 
         Every process must call it with the same groups: they take the mean of their Gram matrices first.
         """
-        for key in {key: None for axis in drop for _, _, key in self._of.get(axis, ()) if key in self.grams}:
-            self.ranks.add_up(self.grams[key])
-            self.grams[key] /= self.ranks.count
+        self.average({key: None for axis in drop for _, _, key in self._of.get(axis, ()) if key in self.grams})
         cut: dict[str, Tensor] = {}
         for axis, positions in drop.items():
             for linear, member, key in self._of.get(axis, ()):
                 if key not in self.grams:
                     continue
                 gram, weight = self.grams[key], linear.weight
-                keep = torch.ones(len(gram), dtype=torch.bool)
-                keep[member.index[positions].flatten()] = False
-                cut[key] = keep
-                refit(weight, gram, keep, self.damping)
+                cut[key] = keep = all_but(member.index[positions].flatten(), len(gram))
+                refit(weight, gram, keep)
         for key, keep in cut.items():
             self.grams[key] = self.grams[key][keep][:, keep].clone()
 
@@ -306,8 +303,11 @@ class Compensation:
             handle.remove()
 
 
-def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float) -> None:
-    """Least-squares refit of `weight` (out, in), in place, on its inputs where `keep` (in,) is True, given their `gram` (in, in)."""
+def refit(weight: Tensor, gram: Tensor, keep: Tensor, damping: float = 0.01) -> None:
+    """Least-squares refit of `weight` (out, in), in place, on its inputs where `keep` (in,) is True, given their `gram` (in, in).
+
+    `damping` is of the mean diagonal.
+    """
     kept, gone = keep.nonzero().flatten().to(gram.device), (~keep).nonzero().flatten().to(gram.device)
     inner = gram[kept][:, kept].clone()
     inner.diagonal().add_(damping * float(gram.diagonal().mean()))

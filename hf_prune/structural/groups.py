@@ -335,6 +335,11 @@ class _Structure:
         )
 
 
+def all_but(positions: Tensor, count: int) -> Tensor:
+    """Bool (count,), False at `positions`."""
+    return torch.ones(count, dtype=torch.bool).index_fill(0, positions, False)
+
+
 def head_size(config: Any) -> int:
     """Numbers of one attention head.
 

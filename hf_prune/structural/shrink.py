@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .groups import Axis, Groups, head_size
+from .groups import Axis, Groups, all_but, head_size
 
 
 _FIELDS = {
@@ -185,11 +185,8 @@ def shape_to(groups: Groups, state: dict[str, Tensor]) -> None:
 
 def _cut(member, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions along the member's dimension that are kept, and the index of the groups that are left."""
-    size = member.parameter.shape[member.dim]
-    keep = torch.ones(size, dtype=torch.bool)
-    keep[member.index[positions].flatten()] = False
-    stay = torch.ones(len(member.index), dtype=torch.bool)
-    stay[positions] = False
+    keep = all_but(member.index[positions].flatten(), member.parameter.shape[member.dim])
+    stay = all_but(positions, len(member.index))
     return keep.nonzero().flatten(), (keep.long().cumsum(0) - 1)[member.index[stay]]
 
 
@@ -224,17 +221,12 @@ def _check_state(optimizer: torch.optim.Optimizer | None, parameters: set[nn.Par
 def shapes_with(groups: Groups, counts: dict[str, int]) -> dict[str, tuple[int, ...]]:
     """Of every parameter, by name, with `counts` groups left."""
     model = groups.decoder.model
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    shapes = {parameter: list(parameter.shape) for parameter in model.parameters()}
     for kind, count in counts.items():
         for axis in groups.of(kind):
             for member in axis.members:
-                name = member.name if member.name in shapes else _name_of(model, member.parameter)
-                shapes[name][member.dim] -= (axis.count - count) * member.index.shape[1]
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _name_of(model: nn.Module, parameter: nn.Parameter) -> str:
-    return next(name for name, p in model.named_parameters() if p is parameter)
+                shapes[member.parameter][member.dim] -= (axis.count - count) * member.index.shape[1]
+    return {name: tuple(shapes[parameter]) for name, parameter in model.named_parameters()}
 
 
 def _adopt(model: nn.Module, fresh: nn.Module) -> None:
