@@ -134,6 +134,13 @@ else:
         kept = torch.rand(weight.shape, generator=generator).argsort(-1) < 2
         return (weight * kept).flatten(1)[:, :in_features].to(dtype)
 
+    def timed(monkeypatch, rows, form, took):
+        """Of so many rows the products of `form` take so many milliseconds, all others one; none costs the host anything."""
+        monkeypatch.setattr(plans, "ROWS", rows)
+        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
+        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
+        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: took if form in str(run) else 1.0)
+
     def bits(tensor):
         return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int8)
 
@@ -408,10 +415,7 @@ else:
         from hf_prune.runtimes import advise as advising
 
         monkeypatch.setattr(advising, "ROWS", (1, 16, 32))
-        monkeypatch.setattr(plans, "ROWS", (1, 16, 32, plans.PREFILL_ROWS))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "schedules" in str(run) else 1.0)
+        timed(monkeypatch, (1, 16, 32, plans.PREFILL_ROWS), "schedules", 0.5)
         for in_features, fits in ((32, True), (30, False)):
             problems = advising._problems(16, in_features, torch.bfloat16)
             shape = advising.Shape(16, in_features, 1, problems=problems)
@@ -517,10 +521,7 @@ else:
         monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone()[None])
         monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda compressed, dense, **words: dense.shape[1] // 8)
-        monkeypatch.setattr(plans, "ROWS", (1, 8, 16, 32, plans.PREFILL_ROWS))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
+        timed(monkeypatch, (1, 8, 16, 32, plans.PREFILL_ROWS), "cusparselt", 0.5)
         linear = torch.nn.Linear(32, 16, bias=bias).bfloat16()
         linear.weight.data = weight = integers(16, 32, torch.bfloat16) + 0.0
         assert "float16" in plans.measured_plan(weight.half(), None, "any").missing["cusparselt"]
@@ -558,10 +559,7 @@ else:
         monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight.clone()[None])
         monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
         monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
-        monkeypatch.setattr(plans, "ROWS", (1, 8, 16, 32, plans.PREFILL_ROWS))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.5 if "cusparselt" in str(run) else 1.0)
+        timed(monkeypatch, (1, 8, 16, 32, plans.PREFILL_ROWS), "cusparselt", 0.5)
         linear = torch.nn.Linear(64, 16).bfloat16()
         linear.weight.data.masked_fill_(integers(16, 64, torch.bfloat16) == 0, 0.0)
         plan = plans.measured_plan(linear.weight.data, linear.bias, "any", dtype)
@@ -611,10 +609,7 @@ else:
     def test_plans_follow_what_was_measured(monkeypatch):
         """Timings and a library of our own in place of a GPU's: the plan is the fastest form, dense where two differ."""
         infinity = float("inf")
-        monkeypatch.setattr(plans, "ROWS", (1, 16, 2048))
-        monkeypatch.setattr(Schedule, "candidates", classmethod(lambda cls, rows: iter([TILES[16, 1]])))
-        monkeypatch.setattr(plans, "_host_milliseconds", lambda run, *_: 0.0)
-        monkeypatch.setattr(plans, "milliseconds", lambda run, *_: 0.6 if "schedules" in str(run) else 1.0)
+        timed(monkeypatch, (1, 16, 2048), "schedules", 0.6)
         plan = plans.measured_plan(integers(16, 32, torch.float16), None)
         assert plan.steps == ((16, "decode"), (infinity, "dense")) and set(plan.missing) == {"cusparselt", "cutlass"}
         assert [rows for rows, _ in plan.schedules] == [1, 2, 4, 8, 16, infinity] and plan.eager == plan.steps

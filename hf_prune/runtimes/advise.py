@@ -228,9 +228,11 @@ def _on_gpu(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dic
     check_triton()
     weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
     smaller = weight[: math.ceil(KEPT * len(weight))].clone()
-    plans = [measured_plan(_with_zeros(weight, pattern), None) for pattern in ("50 %", "2:4") if pattern not in shape.problems]
-    half = _with_zeros(weight, "2:4") if "2:4" not in shape.problems else None
-    eight = {name: measured_plan(half, None, dtype=of) for name, of in EIGHT_BITS.items() if name not in shape.problems}
+    sparse = {pattern: _with_zeros(weight, pattern) for pattern in ("50 %", "2:4") if pattern not in shape.problems}
+    plans = [measured_plan(values, None) for values in sparse.values()]
+    eight = {
+        name: measured_plan(sparse["2:4"], None, dtype=of) for name, of in EIGHT_BITS.items() if name not in shape.problems
+    }
     names = {"dense": DENSE, "bitmask": BITMASK, **FORMS}
     spent: dict[str, dict[int, float]] = {STRUCTURED: {}}
     for rows in ROWS:

@@ -54,15 +54,9 @@ class Plan:
 
     def trials(self) -> Iterator[tuple[str, int]]:
         """Forms and numbers of rows with which everything that this plan may run has run once."""
+        bounds = {"cusparselt": self.algorithms[::2], **dict.fromkeys(KERNELS, [most for most, _ in self.schedules])}
         for form in self.forms - {"unpacked"}:
-            bounds = (
-                [most for most, _ in self.schedules]
-                if form in KERNELS
-                else self.algorithms[::2]
-                if form == "cusparselt"
-                else []
-            )
-            yield from ((form, int(rows)) for rows in bounds or [1] if rows < math.inf)
+            yield from ((form, int(rows)) for rows in bounds.get(form) or [1] if rows < math.inf)
 
     @property
     def dense_eagerly(self) -> bool:
@@ -153,11 +147,8 @@ def _untried(library: str, weight: Tensor) -> str | None:
     """Why `weight` is not given to a library that would take it."""
     if library == "cutlass" and weight.dtype.itemsize == 1:
         return "torch's CUTLASS has no product of 8 bits that gives floats"
-    if (
-        library == "cusparselt"
-        and weight.dtype == torch.float16
-        and (not weight.is_cuda or torch.cuda.get_device_capability() >= (9, 0))
-    ):
+    broken = weight.dtype == torch.float16 and (not weight.is_cuda or torch.cuda.get_device_capability(weight.device) >= (9, 0))
+    if library == "cusparselt" and broken:
         return "float16 is broken on an H100 (cuSPARSELt of torch 2.11: its search fails, its products end in an illegal instruction)"
     return None
 
