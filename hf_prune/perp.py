@@ -142,7 +142,7 @@ class AdaptedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         (head,) = self.perp_head
-        rows = F.embedding(ids, head.perp_B.to(self.weight.dtype)) @ head.perp_A.to(self.weight.dtype)
+        rows = F.embedding(ids, head.perp_B.to(self.weight.dtype), self.padding_idx) @ head.perp_A.to(self.weight.dtype)
         return super().forward(ids) + head.perp.scale * rows
 
 

@@ -46,7 +46,8 @@ class EfficientLLMCallback(TrainingCallback, ExportableState):
         warm_up, recovery: shares of the steps before the first and after the last removal; between them the number of
             parameters falls linearly. Slow removal was worth more than a long recovery (see README).
         every: steps between two removals.
-        order, decay, per_parameter: of the saliency, see `structural.efficientllm`.
+        order, decay, per_parameter: of the saliency, see `structural.efficientllm`; its gradients are those that the optimizer gets,
+            after clipping.
         compensate: readers are refitted to what is left ("EfficientLLM-B"), which keeps a Gram matrix of what each reads, fp32 (in, in):
             in a 7B model 15 GB for FFN channels. Without it SmolLM2-135M ended at a perplexity of 49.8, with it at 45.6.
 

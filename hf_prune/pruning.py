@@ -160,7 +160,8 @@ def prune_model(
                     if not journal.finished:
                         journal.forget("batch")
                     size = int(journal.tensors("batch", lambda: {"tokens": torch.tensor(size)})["tokens"])
-                batches = batches_of(ranks.share(sequences), 1 if by_block else size)
+                mine = ranks.share(sequences)
+                batches = [ids[None] for ids in mine] if by_block else batches_of(mine, size)
                 if how:
                     how.split(len(batches))
                 first = (config.method.gradient_samples or 8) if by_block else 0

@@ -110,9 +110,9 @@ def _compensate(listening: Compensation, drop: dict[Axis, torch.Tensor]) -> None
 
 
 def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor], tokens_per_batch: int | None) -> None:
-    """The gradient of the mean loss of `sequences`, in every parameter."""
+    """The gradient of the mean loss of all predicted tokens of `sequences`, in every parameter."""
     model.requires_grad_(True)
-    device, tokens = model.get_input_embeddings().weight.device, sum(map(len, sequences))
+    device, tokens = model.get_input_embeddings().weight.device, sum(len(ids) - 1 for ids in sequences)
     with torch.enable_grad():
         for ids in tqdm(batches_of(sequences, tokens_per_batch or _BATCH_TOKENS), desc="saliency", unit="batch"):
             ids = ids.to(device)
@@ -121,7 +121,7 @@ def _accumulate(model: PreTrainedModel, sequences: list[torch.Tensor], tokens_pe
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             if not torch.isfinite(loss):
                 raise ValueError(f"the loss of the calibration text is {float(loss)}: load the model in bfloat16 or float32.")
-            (loss * (ids.numel() / tokens)).backward()
+            (loss * (ids[:, 1:].numel() / tokens)).backward()
 
 
 def _shape(groups: Groups, ids: torch.Tensor) -> dict[str, float]:

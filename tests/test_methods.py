@@ -278,3 +278,18 @@ def test_statistics_are_sums_over_all_batches():
     assert torch.get_float32_matmul_precision() == "highest"  # what products of other modules use is as it was
     full += 0.01 * full.diagonal().mean() * torch.eye(256)
     assert torch.allclose(feedback * curvature @ feedback.t(), full, rtol=1e-3, atol=full.max() * 1e-5)
+
+
+def test_block_gradients_are_of_the_first_sequences_whatever_their_length(llama, monkeypatch):
+    from hf_prune import sequential
+
+    seen, real = [], sequential.block_gradients
+    monkeypatch.setattr(
+        sequential,
+        "block_gradients",
+        lambda block, calls, hidden, *rest: seen.append([x.shape[1] for x in hidden]) or real(block, calls, hidden, *rest),
+    )
+    sequences = [ids_for(1, length)[0] for length in (24, 9, 24)]
+    config = hf_prune.PruningConfig(GBLM(scope="block", gradient_samples=2), sparsity=0.5, n_samples=3, sequence_length=24)
+    llama.prune(config, sequences)
+    assert seen and all(lengths == [24, 9] for lengths in seen)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import hf_prune
 from hf_prune import EfficientLLMCallback
 from hf_prune.blocks import eager_experts
+from hf_prune.shrinking import _accumulate
 from hf_prune.structural import check, groups_of, remove
 from hf_prune.structural.efficientllm import Compensation, Plan, Saliency, block_parameters, chosen, refit
 from hf_prune.structural.shrink import illegal
@@ -281,17 +282,60 @@ def test_compensation_helps():
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_one_shot_compensation_hears_all_batches_alike(monkeypatch):
+def test_one_shot_compensation_hears_all_tokens_alike(monkeypatch):
     heard, calls = [], []
+    sequences = [*ids_for()[:5], ids_for()[5, :9]]
     monkeypatch.setattr(
         Compensation, "apply", lambda self, drop: heard.append({key: gram.clone() for key, gram in self.grams.items()})
     )
     for tokens in (24, 24 * 6):
         model = make("llama")
         model.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-        model.prune(config(parameters=0.7), ids_for(), tokens_per_batch=tokens)
-    assert sum(calls) == 6 + 1  # with gradients: one sequence at a time, then all at once
+        model.prune(config(parameters=0.7), sequences, tokens_per_batch=tokens)
+    assert sum(calls) == 6 + 2  # with gradients: one sequence at a time, then all of a length at once
     assert heard[0] and all(torch.allclose(gram, heard[1][key], rtol=1e-4, atol=1e-6) for key, gram in heard[0].items())
+
+
+def test_compensation_does_not_hear_padding(llama):
+    grams, ids = [], ids_for(2, 24)
+    for padding in (0, 7):
+        listening = Compensation(groups_of(llama), ("ffn",), decay=0.0)
+        padded = torch.nn.functional.pad(ids, (0, padding), value=1)
+        llama(input_ids=padded, attention_mask=torch.nn.functional.pad(torch.ones_like(ids), (0, padding)))
+        listening.close()
+        grams.append(listening.grams)
+    assert grams[0] and all(torch.allclose(gram, grams[1][key], rtol=1e-4, atol=1e-7) for key, gram in grams[0].items())
+
+
+def test_an_untied_head_makes_up_for_the_width_that_goes():
+    for tied in (False, True):
+        model, ids = make("llama", tie_word_embeddings=tied), ids_for(32, 24)
+        groups = groups_of(model)
+        (axis,) = groups.of("hidden")
+        assert ("lm_head" in [linear.name for linear, _ in axis.inputs]) is not tied
+        read = []
+        model.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, 1)))
+        listening = Compensation(groups, ("hidden",), decay=0.0)
+        model(input_ids=ids)
+        weight, gone = model.lm_head.weight.detach().clone(), torch.arange(8)
+        listening.apply({axis: gone})
+        listening.close()
+        now = model.lm_head.weight.detach()
+        if tied:
+            assert torch.equal(now, weight)
+        else:
+            errors = [(read[0][:, 8:] @ w[:, 8:].T - read[0] @ weight.T).norm() for w in (now, weight)]
+            assert errors[0] < 0.95 * errors[1]
+
+
+def test_every_predicted_token_has_one_weight_in_the_gradient(llama):
+    sequences = [ids_for(1, length)[0] for length in (3, 20, 20, 7)]
+    _accumulate(llama, sequences, 20)
+    found = llama.lm_head.weight.grad.clone()
+    llama.zero_grad()
+    losses = [llama(input_ids=ids[None], labels=ids[None]).loss * (len(ids) - 1) for ids in sequences]
+    (sum(losses) / (2 + 19 + 19 + 6)).backward()
+    assert torch.allclose(found, llama.lm_head.weight.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_every_block_is_compensated_by_what_it_read_itself():

@@ -392,6 +392,8 @@ def _residual_stream(decoder: Decoder, d: int, structures: Any, sliced: set[str]
                 and parameter.shape[1] == d
             ):
                 axis.members.append(Member(name, parameter, 1, index))
+                if isinstance(module, nn.Linear) and parameter is not model.get_input_embeddings().weight:  # the head, untied
+                    axis.inputs.append((Linear(path, name, module, attribute, group=path), axis.members[-1]))
             elif d in parameter.shape or (parameter.dim() != 1 and not in_block):
                 return f"{name} {tuple(parameter.shape)} is of a kind that hf_prune does not know"
     return axis
