@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
+from torch.nn.utils.prune import is_pruned
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -107,7 +108,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
     """The decoder blocks of `model`, their linears not yet known.
 
     Raises:
-        ValueError: no stack of blocks.
+        ValueError: no stack of blocks, or one that holds a block twice.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # not the tower that sees or hears
     of_text = set((decoder or model).modules())
@@ -116,8 +117,19 @@ def blocks_of(model: nn.Module) -> list[Block]:
     for known in marked, list(_unmarked(stacks, model)):
         if known := [found for found in known if found[1] in of_text] or known:
             name, stack = max(known, key=lambda found: _numel(found[1]))
-            return [Block(f"{name}.{i}", module) for i, module in enumerate(stack)]
+            return _distinct([Block(f"{name}.{i}", module) for i, module in enumerate(stack)])
     raise ValueError(f"{type(model).__name__} has no stack of decoder blocks: give a decoder-only model of Transformers.")
+
+
+def _distinct(blocks: list[Block]) -> list[Block]:
+    first: dict[nn.Module, Block] = {}
+    for block in blocks:
+        if (known := first.setdefault(block.module, block)) is not block:
+            raise ValueError(
+                f"{known.name} and {block.name} are the same module, and blocks that are in a model twice are not supported: give "
+                "each a module of its own, as by copy.deepcopy."
+            )
+    return blocks
 
 
 def _unmarked(stacks: list[tuple[str, nn.ModuleList]], model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -149,7 +161,7 @@ class Decoder:
         shared: whether blocks hand more than hidden states on to others, such as keys and values (Gemma 3n).
 
     Raises:
-        ValueError: no stack of blocks, or blocks that do not simply follow one another.
+        ValueError: no stack of blocks, blocks that do not simply follow one another, or weights that torch.nn.utils.prune makes anew.
     """
 
     def __init__(self, model: nn.Module, present: Callable[[int | None], AbstractContextManager] | None = None):
@@ -520,12 +532,18 @@ def _silence(hidden: Tensor, rest: tuple | None, *args: Any, **kwargs: Any) -> A
 
 
 def _linears_of(block: Block) -> Iterator[Linear]:
-    """The `nn.Linear` and `Conv1D` of a block; routers, tiny ones and other parameters go to `block.left_dense`."""
+    """The `nn.Linear` and `Conv1D` of a block; routers, tiny ones and other parameters go to `block.left_dense`, and so do those
+    whose weight is no parameter, but made of others (weight_norm).
+
+    Raises:
+        ValueError: a weight is made by torch.nn.utils.prune.
+    """
     for path, module in block.module.named_modules():
         name = ".".join(filter(None, (block.name, path)))
         if isinstance(module, (nn.Linear, Conv1D)):
+            made = _made_anew(name, module)
             too_small = "reads or gives fewer than 8 numbers" if min(module.weight.shape) < 8 else None
-            if reason := _router(block.module, path) or too_small:
+            if reason := made or _router(block.module, path) or too_small:
                 block.left_dense[name] = reason
             else:
                 yield Linear(name, f"{name}.weight", module, "weight", transposed=isinstance(module, Conv1D))
@@ -535,6 +553,18 @@ def _linears_of(block: Block) -> Iterator[Linear]:
                     block.left_dense[f"{name}.{attribute}"] = (
                         _router(block.module, f"{path}.{attribute}") or "no linear that hf_prune knows"
                     )
+
+
+def _made_anew(name: str, module: nn.Module) -> str | None:
+    """Why a change of the weight of `module` would not last, or None."""
+    if "weight" in module._parameters:
+        return None
+    if is_pruned(module):
+        raise ValueError(
+            f"{name} carries a mask of torch.nn.utils.prune, which makes its weight anew in every forward pass: make the mask "
+            "permanent first, with torch.nn.utils.prune.remove(module, 'weight')."
+        )
+    return "its weight is made of other parameters in every forward pass"
 
 
 def _router(block: nn.Module, path: str) -> str | None:

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 
@@ -32,6 +34,9 @@ _ROLES = ("user", "assistant", "system", "tool", *_SHARE_GPT)
 _LONGEST_WORD = 50  # in characters; longer strings without a space are texts of languages that write none
 _ONE_SEQUENCE = 10_000_000  # ids of one sequence that come one by one, perhaps without end
 _PAPER_TRIES = 10_000
+_CHARACTERS = 8  # a token, more than most have
+_MARGIN = 4096  # tokens between those that are used of a long text and the place where it is cut
+_TO_A_SPACE = re.compile(r".*\S(?=\s)", re.DOTALL)
 
 
 def calibration_sequences(
@@ -51,7 +56,7 @@ def calibration_sequences(
     arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them; with "paper" a random window of
     each that is longer.
 
-    Of an example with columns "text", "content", "messages" or "conversations" counts, or else the only one that is a string.
+    A processor stands for its tokenizer. Of an example with columns "text", "content", "messages" or "conversations" counts, or else the only one that is a string.
 
     Raises:
         ValueError: too little text, ids outside the vocabulary, an empty or unknown source; says how much there was.
@@ -93,16 +98,29 @@ def calibration_sequences(
             sequences = [ids[rng.randrange(max(1, len(ids) - sequence_length + 1)) :][:sequence_length] for ids in sequences]
         _check_ids(sequences, sequence_length, n_samples, vocab_size)
         return sequences
-    if not callable(tokenizer):
-        raise (ValueError if tokenizer is None else TypeError)(
-            "calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer)"
-            + ("." if tokenizer is None else f", such as AutoTokenizer.from_pretrained gives; got {tokenizer!r}.")
-        )
+    if tokenizer is None:
+        raise ValueError("calibration text needs a tokenizer: model.prune(config, calibration=texts, tokenizer=tokenizer).")
+    tokenizer = tokenizer_of(tokenizer)
     documents = (text for item in items for text in _texts(item, tokenizer))
     take = _paper_windows if sampling == "paper" else _packed_windows
     sequences = take(documents, tokenizer, n_samples, sequence_length, random.Random(seed))
     _check_ids(sequences, sequence_length, n_samples, vocab_size)
     return sequences
+
+
+def tokenizer_of(given: Any) -> Any:
+    """`given`, or the tokenizer of a processor; None stays None.
+
+    Raises:
+        TypeError: a model, or something else that is no tokenizer.
+    """
+    inner = getattr(given, "tokenizer", None)
+    if isinstance(inner, PreTrainedTokenizerBase) and not isinstance(given, PreTrainedTokenizerBase):
+        return inner
+    if given is not None and (isinstance(given, nn.Module) or not callable(given)):
+        what = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+        raise TypeError(f"tokenizer must be such as AutoTokenizer.from_pretrained gives; got {what}.")
+    return given
 
 
 def positions_of(config: Any) -> int | None:
@@ -119,7 +137,7 @@ def batches_of(sequences: list[Tensor], tokens_per_batch: int) -> list[Tensor]:
         by_length.setdefault(len(ids), []).append(ids)
     batches = []
     for length, equal in by_length.items():
-        batches += torch.stack(equal).split(max(1, tokens_per_batch // length))
+        batches += torch.stack(equal).split(int(max(1, tokens_per_batch // length)))
     return batches
 
 
@@ -138,29 +156,45 @@ def _named(source: str, seed: int) -> Iterable:
         raise ValueError(f"calibration {source!r} is no file, nor a Hub data set with a train split: {error}") from error
 
 
-def _read_file(path: Path) -> list:
+def _read_file(path: Path) -> Iterable:
     if not os.path.isfile(path):
         raise ValueError(f"the calibration file {path} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     if path.suffix == ".parquet":
         from datasets import Dataset
 
         return Dataset.from_parquet(str(path))
+    if path.suffix == ".jsonl":
+        return _json_lines(path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"the calibration file {path} is not text in UTF-8: {error}.") from error
     if not text.strip():
         raise ValueError(f"the calibration file {path} is empty.")
-    if path.suffix not in (".json", ".jsonl"):
-        return [text]
-    found = []
-    lines = text.splitlines() if path.suffix == ".jsonl" else [text]
-    for number, line in enumerate(lines, 1):
-        try:
-            found += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the calibration {path} is not JSON in line {max(number, error.lineno)}: {error.msg}.") from error
-    return found if path.suffix == ".jsonl" or not found else found[0]
+    return _from_json(text, path) if path.suffix == ".json" else [text]
+
+
+def _json_lines(path: Path) -> Iterator:
+    """The values in a file, one at a time. A JSON string may hold U+2028 and other characters that `splitlines` takes for ends."""
+    found = 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _from_json(line, path, number)
+                    found += 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the calibration file {path} is not text in UTF-8: {error.reason}.") from error
+    if not found:
+        raise ValueError(f"the calibration file {path} is empty.")
+
+
+def _from_json(text: str, path: Path, line: int = 1) -> Any:
+    """The value of `text`, which begins in this line of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the calibration {path} is not JSON in line {max(line, error.lineno)}: {error.msg}.") from error
 
 
 def _columns(names: Iterable, values: Callable[[int], list]) -> dict[Any, list]:
@@ -277,11 +311,31 @@ def _encode(tokenizer: Any, text: str, templated: bool) -> list[int]:
     return tokenizer(text, verbose=False, **special)["input_ids"]
 
 
+def _encode_head(tokenizer: Any, text: str, templated: bool, most: int) -> list[int]:
+    """The first `most` ids of `text` or more, all if it has fewer; of a long text only a head is encoded.
+
+    The head ends before a space, and far behind those ids, so that they are the same as of the whole text.
+    """
+    size = _CHARACTERS * (most + _MARGIN)
+    while size < len(text):
+        if head := _TO_A_SPACE.match(text, 0, size):
+            ids = _encode(tokenizer, head[0], templated)
+            if len(ids) >= most + _MARGIN:
+                return ids[:most]
+        size *= 2
+    return _encode(tokenizer, text, templated)
+
+
 def _packed_windows(documents, tokenizer, n_samples: int, length: int, rng: random.Random) -> list[Tensor]:
     needed, stream, found = n_samples * length, [], 0
     pool: list[list[int]] = []
-    for document in documents:
-        ids = _encode(tokenizer, *document)
+    ahead: list[tuple[str, bool]] = []
+    while document := ahead.pop() if ahead else next(documents, None):
+        most = max(needed, 4 * needed - found)  # so many fill the pool
+        if len(document[0]) > _CHARACTERS * needed:
+            ahead += itertools.islice(documents, 1)
+            most = most if ahead else needed  # and no more are used of any document
+        ids = _encode_head(tokenizer, *document, most)
         if tokenizer.eos_token_id is not None and ids and ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
         pool.append(ids)

@@ -169,6 +169,7 @@ class PERPCallback(KeepMasksCallback):
             raise ValueError(
                 "train='lora' ends as an adapter of PEFT, which a sharded model takes no more: train PEFT's own LoRA, with KeepMasksCallback."
             )
+        _check_retrainable(model)
         check_model(model)
         masks = state_of(model, "PERPCallback").masks
         attached = attach(model, masks, upcast=args.bf16 or args.fp16, **self._how)
@@ -192,6 +193,7 @@ class PERPCallback(KeepMasksCallback):
             raise ValueError("the training of this PERPCallback has ended: give a new one to a new Trainer.")
         if self._attached is None or self._attached.model is not model:
             raise ValueError("PERPCallback came too late: give it to Trainer(model, callbacks=[...]), without model_init.")
+        _check_retrainable(model)  # PEFT may have come since
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [name for name, p in self._attached.trainable.items() if id(p) not in known]:
             raise ValueError(f"the optimizer does not know {missing[0]} and {len(missing) - 1} more: let Trainer make it.")
@@ -247,6 +249,19 @@ class PERPCallback(KeepMasksCallback):
         if self._attached:
             how(self._attached)
         self._attached, self._ended = None, True
+
+
+def _check_retrainable(model: Any) -> None:
+    """Raises ValueError for what KeepMasksCallback trains and PERPCallback does not: adapters of PEFT, and other heads."""
+    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "PERPCallback makes its own adapters, and PEFT has wrapped layers of this model: leave out peft_config=, get_peft_model "
+            "and add_adapter, or train PEFT's adapter with KeepMasksCallback."
+        )
+    if isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder and model.get_output_embeddings() is None:
+        raise ValueError(
+            f"PERPCallback retrains causal language models, and {type(model).__name__} is none: KeepMasksCallback holds its masks."
+        )
 
 
 _WITHIN_PEFT = re.compile(r"\.base_layer|\.original_module|\.modules_to_save\.[^.]+")  # in names of parameters

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class Checkpoint(Weights):
             OSError: no room; the other shards are as they were.
         """
         (self.work / "model").mkdir(parents=True, exist_ok=True)
-        path, state = self.shard(part), self._model.state_dict(keep_vars=True)
+        path, state = self.shard(part), {name: attrgetter(name)(self._model) for name in self._names[part]}
         once = {id(state[name]): name for name in reversed(self._names[part])}  # tied ones under their first name
         mine = self._loader.reverted({name: state[name].detach() for name in once.values()})
         tensors = {name: tensor.cpu().contiguous() for name, tensor in mine.items()}
@@ -250,8 +251,9 @@ class _Loader:
 def check_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raises ValueError for weights that are NaN or infinite."""
     for name, parameter in parameters:
-        # A sum is NaN or inf if any summand is; only then is a closer look needed.
-        if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+        # A sum is NaN or inf if any summand is; only then is a closer look needed. bfloat16, with float32's range, is summed as it is.
+        dtype = parameter.dtype if parameter.dtype == torch.bfloat16 else torch.float32
+        if not torch.isfinite(parameter.detach().sum(dtype=dtype)) and not torch.isfinite(parameter).all():
             raise ValueError(f"the weights of {name} are not finite: load the checkpoint again, in bfloat16 or float32.")
 
 

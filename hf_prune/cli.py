@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check_machine(args)
         return args.run(args)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
-        print(f"hf-prune {args.command}: {error}", file=sys.stderr)
+        words = str(error).replace("the argument `trust_remote_code=True`", "--trust-remote-code")
+        print(f"hf-prune {args.command}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"hf-prune {args.command}: interrupted; {_left(args)}.", file=sys.stderr)
@@ -99,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; default: as saved")
         command.add_argument("--device", default=None if command is advise else "cpu")
         command.add_argument("--gguf-file", help="name of a GGUF file in the folder")
+    for command in (prune, perplexity, inspect, advise):
+        command.add_argument("--trust-remote-code", action="store_true", help="run the Python code that comes with the model")
     return parser
 
 
@@ -111,14 +115,18 @@ def _check_machine(args) -> None:
 
 
 def _load(args, needs_text: bool = True):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from .serialization import load
+    from .serialization import check_causal, config_of, load
 
-    files = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    model = (AutoModelForCausalLM.from_pretrained if files else load)(args.model, dtype=args.dtype, **files)
+    how = {"trust_remote_code": args.trust_remote_code}
+    if args.gguf_file:
+        how["gguf_file"] = args.gguf_file
+    else:
+        check_causal(config_of(args.model, **how), args.model)
+    model = load(args.model, dtype=args.dtype, **how)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **files)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **how)
     except Exception as error:  # each version of Transformers has its own
         if needs_text:
             raise
@@ -164,8 +172,20 @@ def _prune(args) -> int:
                 tokenizer.save_pretrained(args.output)
             except Exception as error:  # tokenizers has no other for a full disk
                 raise OSError(f"{args.left}: {error}") from error
+        if model.config.get_text_config() is not model.config:
+            args.left = f"{args.output} has the model, but not its processor"
+            _copy_processor(args)
         print(f"saved to {args.output}")
     return 0
+
+
+def _copy_processor(args) -> None:
+    """What a model that sees or hears has beside its tokenizer, as it is."""
+    from .serialization import file_of
+
+    for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"):
+        if path := file_of(args.model, name):
+            shutil.copyfile(path, Path(args.output, name))
 
 
 def _stream(args, config: PruningConfig) -> int:
@@ -183,8 +203,10 @@ def _stream(args, config: PruningConfig) -> int:
         raise ValueError(
             f"--stream writes weights as they are in safetensors, and goes on by itself: leave out {', '.join(wrong)}."
         )
-    tokenizer = AutoTokenizer.from_pretrained(args.model) if config.needs_calibration else None
-    report = prune_checkpoint(args.model, args.output, config, args.calibration, tokenizer, device=args.device, bf16=args.bf16)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **trust) if config.needs_calibration else None
+    how = {"device": args.device, "bf16": args.bf16, **trust}
+    report = prune_checkpoint(args.model, args.output, config, args.calibration, tokenizer, **how)
     if Ranks.launched().index == 0:
         print(f"{report}\nsaved to {args.output}")
     return 0
@@ -220,15 +242,14 @@ def _export(args) -> int:
 def _advise(args) -> int:
     from .runtimes.advise import advise
 
-    advice = advise(args.model, args.device, dtype=args.dtype, gguf_file=args.gguf_file)
+    how = {"gguf_file": args.gguf_file, "trust_remote_code": args.trust_remote_code}
+    advice = advise(args.model, args.device, dtype=args.dtype, **how)
     print(json.dumps(advice.to_dict(), indent=2) if args.json else advice)
     return 0
 
 
 def _inspect(args) -> int:
-    from transformers import AutoModelForCausalLM
-
-    from .serialization import PruningState, load
+    from .serialization import PruningState, class_of, config_of, load
 
     state = PruningState.load(args.folder)
     print(f"{args.folder}: {state.config['method']}, {state.config['pattern']}")
@@ -238,7 +259,9 @@ def _inspect(args) -> int:
     print(f"{len(masks)} masks, sparsity {masks.sparsity():.4f} of {masks.numel()} weights")
     if state.report:
         print(f"{state.report.model_sparsity:.4f} of all parameters, calibrated on {state.report.tokens} tokens")
-    model = (load if state.compact else AutoModelForCausalLM.from_pretrained)(args.folder, dtype="auto")
+    trust = {"trust_remote_code": args.trust_remote_code}
+    read = load if state.compact else class_of(config_of(args.folder, **trust)).from_pretrained
+    model = read(args.folder, dtype="auto", **trust)
     violations = masks.violations(model)
     for name, count in violations.items():
         print(f"{name}: {count} pruned weights are not zero")

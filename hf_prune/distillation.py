@@ -120,7 +120,8 @@ class Distillation:
             logits = self._logits({n: x[missing] for n, x in inputs.items()}, torch.Size([len(missing), *shape[1:]]))
             for i, row in zip(missing, logits):
                 _save(paths[i], _top_of(row[: lengths[i]], k, self.temperature))
-        parts = [torch.zeros(*shape[:2], k), torch.zeros(*shape[:2], k, dtype=torch.int32), torch.zeros(*shape[:2])]
+        sizes = ((*shape[:2], k), torch.float32), ((*shape[:2], k), torch.int32), (shape[:2], torch.float32)
+        parts = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]
         for i, path in enumerate(paths):
             with (
                 readable(path, "a teacher's predictions", " Delete it; the teacher makes it anew."),

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .blocks import as_it_was
-from .calibration import positions_of
+from .calibration import positions_of, tokenizer_of
 from .masks import input_device
 
 
@@ -63,7 +63,7 @@ def perplexity(
 
     Args:
         text: a string, several (joined by a blank line), or ids (length,) or (windows, sequence_length), also as a tokenizer gives them.
-        tokenizer: may be None for ids.
+        tokenizer: may be None for ids; a processor stands for its tokenizer.
         sequence_length: tokens a window, at most the model's positions; default that number, at most 2048, or the width of 2-D ids, but
             for a single row that is longer than the positions.
         add_bos: put the tokenizer's BOS token first in every window; default is what the tokenizer itself does with text.
@@ -71,8 +71,9 @@ def perplexity(
 
     Raises:
         ValueError: text shorter than two tokens or one window, ids outside the vocabulary, a window longer than the model allows.
-        TypeError: something that is neither text nor ids.
+        TypeError: something that is neither text nor ids, or no tokenizer.
     """
+    tokenizer = tokenizer_of(tokenizer)
     positions, text = positions_of(model.config), _text_or_ids(text)
     if sequence_length is None and isinstance(text, Tensor) and text.dim() == 2:
         rows, width = text.shape

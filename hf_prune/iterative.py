@@ -16,6 +16,7 @@ from .patterns import NM, Pattern, Unstructured, check_count, one_of
 from .perp import release
 from .pruning import check_model
 from .report import PruningReport
+from .sequential import mask_of
 from .serialization import settle
 
 
@@ -105,16 +106,12 @@ def _is_reached(model: PreTrainedModel, config: PruningConfig, last: bool) -> bo
                 compared.setdefault(group, []).append(linear)
     for linears in compared.values():
         total = sum(linear.weight.numel() for linear in linears)
-        kept = sum(int(linear.matrix(known.masks[linear.parameter_name]).count_nonzero()) for linear in linears)
+        kept = sum(known.masks.kept(linear.parameter_name, linear.expert) for linear in linears)
         pattern, at_once = patterns[linears[0].name], linears[0].in_features if config.comparison_group == "row" else total
         wanted = pattern.sparsity if isinstance(pattern, NM) else pattern.count(at_once) / at_once
         if 1 - kept / total < wanted - 1e-6:
             return False
-        if (
-            last
-            and isinstance(pattern, NM)
-            and any(pattern.violations(linear.matrix(known.masks[linear.parameter_name])) for linear in linears)
-        ):
+        if last and isinstance(pattern, NM) and any(pattern.violations(mask_of(known.masks, linear)) for linear in linears):
             return False
     return True
 

@@ -40,6 +40,7 @@ class Masks(MutableMapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None, folder: Path | None = None):
         self._packed: MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]] = MaskFolder(folder) if folder else {}
+        self._known: dict[str, tuple[tuple[int, ...], int]] = {}  # shapes and kept weights, so that no file is read for them
         self.patterns: dict[str, str] = {}
         for name, mask in (masks or {}).items():
             self[name] = mask
@@ -48,15 +49,20 @@ class Masks(MutableMapping[str, Tensor]):
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise TypeError(f"the mask of {name} must be a bool tensor with True = kept, got {kind}.")
-        self._packed[name] = _pack_anywhere(mask.detach()), tuple(mask.shape)
+        packed, shape = _pack_anywhere(mask.detach()), tuple(mask.shape)
+        self._packed[name] = packed, shape
+        self._known[name] = shape, _count(packed)
 
     def __getitem__(self, name: str) -> Tensor:
-        packed, shape = self._packed[name]
-        return torch.from_numpy(unpack(packed, shape[-1]))
+        return self.of(name)
 
     def __delitem__(self, name: str) -> None:
         del self._packed[name]
+        self._known.pop(name, None)
         self.patterns.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._packed)
@@ -66,6 +72,11 @@ class Masks(MutableMapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} parameters, sparsity {self.sparsity():.4f})"
+
+    def of(self, name: str, expert: int | None = None) -> Tensor:
+        """One mask; of a fused parameter (experts, ., .) that of one `expert` (., .), without unpacking the others."""
+        packed, shape = self._packed[name]
+        return torch.from_numpy(unpack(packed if expert is None else packed[expert], shape[-1]))
 
     def renamed(self, names: Mapping[str, str]) -> Masks:
         """Those of `names`, new name -> known name, that there are; the same bits, not a copy."""
@@ -80,15 +91,20 @@ class Masks(MutableMapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one mask, without unpacking it."""
-        return self._packed[name][1]
+        return self._known[name][0] if name in self._known else self._packed[name][1]
 
-    def kept(self, name: str) -> int:
-        """Number of weights that one mask keeps."""
-        return int(numpy.bitwise_count(self._packed[name][0]).sum())
+    def kept(self, name: str, expert: int | None = None) -> int:
+        """Number of weights that one mask keeps, or the part of it that is one `expert`'s, without unpacking it."""
+        if expert is not None:
+            return _count(self.packed(name)[expert])
+        if name not in self._known:
+            packed, shape = self._packed[name]
+            self._known[name] = shape, _count(packed)
+        return self._known[name][1]
 
     def numel(self) -> int:
         """Number of weights under all masks."""
-        return sum(math.prod(shape) for _, shape in self._packed.values())
+        return sum(math.prod(self.shape(name)) for name in self)
 
     def sparsity(self) -> float:
         """Fraction of weights, over all masks, that are pruned."""
@@ -242,10 +258,13 @@ class MaskFolder(MutableMapping[str, tuple[numpy.ndarray, tuple[int, ...]]]):
         temporary.replace(self._path(name))  # not flushed: there are many, and one that a power cut damages is found to be so
 
     def __getitem__(self, name: str) -> tuple[numpy.ndarray, tuple[int, ...]]:
-        if not self._path(name).exists():
+        if name not in self:
             raise KeyError(name)
         with readable(self._path(name), "a mask"), safe_open(self._path(name), "numpy") as file:
             return file.get_tensor("mask"), tuple(json.loads(file.metadata()["shape"]))
+
+    def __contains__(self, name: object) -> bool:
+        return self._path(name).exists()
 
     def __delitem__(self, name: str) -> None:
         self._path(name).unlink()
@@ -276,6 +295,11 @@ def _pack_anywhere(mask: Tensor) -> numpy.ndarray:
 def unpack(packed: numpy.ndarray, width: int) -> numpy.ndarray:
     """The bool (..., width) that `pack` was given."""
     return numpy.unpackbits(packed, axis=-1, count=width, bitorder="little").view(numpy.bool_)
+
+
+def _count(packed: numpy.ndarray) -> int:
+    """Number of bits that are set."""
+    return int(numpy.bitwise_count(packed).sum())
 
 
 def is_quantised(parameter: Tensor) -> bool:

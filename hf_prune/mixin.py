@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
 from .atomic import replaced_folder
@@ -28,7 +28,7 @@ from .journal import fingerprint
 from .masks import Masks, is_quantised
 from .model_card import base_card, card_of, of_others, without_section, write_card, write_text
 from .perp import merged_state
-from .pruning import check_model, identity_of, is_dequantized, prune_model, sequences_for
+from .pruning import UNWRAP, check_model, identity_of, is_dequantized, prune_model, sequences_for, wrapped_by_peft
 from .ranks import Ranks
 from .reconstruction import Reconstruction, reconstruct_blocks
 from .report import PruningReport
@@ -36,6 +36,7 @@ from .serialization import (
     ADAPTER,
     FOLDER,
     SHRUNK,
+    SOURCE,
     STATE,
     PruningState,
     is_replaced,
@@ -109,7 +110,7 @@ class PruningMixin:
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
         check_model(self, elsewhere=not config.method.structural)
-        known, state = STATE in self.__dict__, settle(self)  # which looks at masks that it reads
+        known, state = STATE in self.__dict__, _settled(self)  # which looks at masks that it reads
         if known and state and (problem := next(filter(None, Ranks.launched().gathered(_changed(self, state))), "")):
             logger.warning(f"pruning without the masks there were: {problem}")
             state = None
@@ -153,19 +154,34 @@ class PruningMixin:
         Raises:
             ValueError: masks that do not agree with the weights.
         """
-        state = settle(self)
+        state = _settled(self)
         return state.masks if state else None
 
     @pruning_masks.deleter
     def pruning_masks(self) -> None:
-        """Forgets masks and report, as of a model that was never pruned; its weights stay."""
+        """Forgets masks and their report, as of a model that never had any; its weights stay."""
         self.__dict__[STATE] = None
 
     @property
     def pruning_report(self) -> PruningReport | None:
-        """The report of the last `prune`; it is saved with the model."""
-        state = settle(self)
-        return state.report if state else None
+        """The report of the last `prune`. It is saved with the masks; that of structured pruning, which leaves none, is not saved, but
+        that of a later `prune` tells of it."""
+        state = _settled(self)
+        return state.report if state else self.__dict__.get(SHRUNK)
+
+
+def _settled(model: PreTrainedModel) -> PruningState | None:
+    """As `settle`; of weights that may never have been those of the masks it says so."""
+    try:
+        return settle(model)
+    except ValueError as error:
+        if SOURCE not in model.__dict__:
+            never = "was not read by from_pretrained. If it was made from a config alone, it never had the pruned weights"
+        elif MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), type(model)).base_model_prefix != model.base_model_prefix:
+            never = f"names its weights {model.base_model_prefix}.*, so that from_pretrained has read none of the pruned ones"
+        else:
+            raise
+        raise ValueError(f"{error} This {type(model).__name__} {never}: `del model.pruning_masks`.") from error
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -365,31 +381,42 @@ def _state_to_save(
     model: PreTrainedModel, compact: bool, variant: str | None = None, values: Mapping[str, torch.Tensor] = {}
 ) -> PruningState | None:
     """The state, if it is true of the weights, or of the `values` that are saved as such; a model that was changed after pruning
-    saves without masks, and is told so.
+    saves without masks, and is told so. It forgets them where pruned weights are no longer zero.
 
-    With an adapter it is the adapter that is saved, without masks; the model keeps them.
+    With an adapter it is the adapter that is saved, without masks; the model keeps them, as it does while PEFT wraps its layers.
 
     Raises:
         ValueError: what cannot be saved `compact`.
     """
-    state, problem, adapted = None, "", _is_adapted(model)
-    try:
-        state = None if adapted else settle(model)
-        problem = _changed(model, state, values) if state else ""
-        if compact and not problem and any(map(is_quantised, model.parameters())):
-            problem = "a quantizer has stored its weights in numbers of its own"
-    except ValueError as error:
-        problem = str(error)
+    adapted = _is_adapted(model)
+    state, problem, lasts = (None, "", False) if adapted else _checked(model, values)
+    if compact and not problem and any(map(is_quantised, model.parameters())):
+        problem = "a quantizer has stored its weights in numbers of its own"
     if compact and (variant or problem or not state):
-        none = "its adapter would be saved: merge or delete it first" if adapted else "it has none: prune it first"
+        none = f"its adapter would be saved: {UNWRAP}" if adapted else "it has none: prune it first"
         why = problem or (f"it has no variants: leave out {variant!r}" if state else none)
         raise ValueError(f"compact=True leaves out what the masks of a model prune, but {why}.")
     if problem:
         logger.warning(f"saving without pruning masks: {problem}")
-        if not values:
+        if lasts and not values:
             model.__dict__[STATE] = None
         return None
     return state
+
+
+def _checked(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> tuple[PruningState | None, str, bool]:
+    """The state, what is wrong with it, and whether that lasts: what PEFT has wrapped has its name again when it is unloaded."""
+    maybe = model.__dict__.get(STATE, getattr(model.config, "pruning_config", None)) is not None
+    if maybe and (name := wrapped_by_peft(model)):
+        return None, f"{name} is wrapped by PEFT. The model keeps its masks; before it is saved, {UNWRAP}", False
+    try:
+        state = _settled(model)
+    except ValueError as error:
+        return None, str(error), True
+    try:
+        return state, _changed(model, state, values) if state else "", True
+    except ValueError as error:  # no parameter of that name
+        return None, str(error), False
 
 
 def _changed(model: PreTrainedModel, state: PruningState, values: Mapping[str, torch.Tensor] = {}) -> str:

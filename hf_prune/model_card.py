@@ -6,6 +6,7 @@ to its owner: saving again replaces the section and our keys of the metadata, an
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -43,7 +45,7 @@ def write_card(folder: Path, report: PruningReport, *, old: str | None, base: st
     files = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     try:
-        text = render(report, sizes, old, base, tags)
+        text = render(report, sizes, old, base, tags, _architecture(folder))
     except (ValueError, TypeError, YAMLError) as error:
         logger.warning(f"{CARD} is left as it was, its metadata cannot be read: {error}")
         return
@@ -61,6 +63,7 @@ def render(
     old: str | None = None,
     base: str | None = None,
     tags: Sequence[str] = (),
+    architecture: str | None = None,
 ) -> str:
     """The text of a README.md.
 
@@ -69,18 +72,20 @@ def render(
         old: the card that is there already; what its owner wrote stays.
         base: the card of the dense model, whose license is carried over.
         tags: more tags.
+        architecture: name of the class that is saved; None is that which was pruned.
 
     Raises:
         ValueError: the metadata of `old` is no YAML.
     """
-    section = f"{BEGIN}\n\n# {_title(report)}\n\n{_section(report, sizes)}\n\n{END}"
+    architecture = architecture or report.model
+    section = f"{BEGIN}\n\n# {_title(report, architecture)}\n\n{_section(report, sizes, architecture)}\n\n{END}"
     known = (old or "").lstrip().startswith("---")
     card = ModelCard(old if known else f"---\nlibrary_name: transformers\n---\n{old or ''}")
     if _SECTION.search(card.text):
         card.text = _SECTION.sub(lambda match: section, card.text, count=1)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n" if card.text.strip() else f"\n{section}\n"
-    _describe(card.data, report, tags)
+    _describe(card.data, report, tags, architecture)
     _carry_over(card.data, base)
     return str(card)
 
@@ -109,10 +114,41 @@ _METRIC = "perplexity, measured by hf_prune"
 _OURS = re.compile(r"pruned|sparse|hf_prune|\d+:\d+")
 
 
-def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str]) -> None:
+_TASKS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-text-to-text": "AutoModelForImageTextToText",
+}  # pipeline tag -> the class that loads it
+
+
+def _architecture(folder: Path) -> str | None:
+    """Name of the class that is saved in `folder`, if its config tells."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _task(architecture: str) -> str | None:
+    """Its pipeline tag, if it is one of `_TASKS`."""
+    if architecture in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return "image-text-to-text"
+    if architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "text-generation"
+    return next((task for task, auto in _TASKS.items() if architecture.endswith(auto.removeprefix("AutoModel"))), None)
+
+
+def _loader(architecture: str) -> str:
+    """Name of the class of Transformers that loads it."""
+    return _TASKS.get(_task(architecture), architecture)
+
+
+def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str], architecture: str) -> None:
     """Our keys of the metadata; names, tags and results that the owner put there stay."""
     data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    data.pipeline_tag = data.pipeline_tag or _task(architecture)
     pattern, method = report.config["pattern"], report.config["method"]
     tags = ["pruned", "sparse", "hf_prune", method, *([pattern] if ":" in pattern else []), *more]
     others = [tag for tag in data.tags or [] if tag not in REGISTRY and not _OURS.fullmatch(tag)]
@@ -122,7 +158,7 @@ def _describe(data: ModelCardData, report: PruningReport, more: Sequence[str]) -
         data.base_model_relation = getattr(data, "base_model_relation", None) or "finetune"
     results = [_result(evaluation) for evaluation in report.evaluations]
     kept = [known for known in data.eval_results or [] if known.metric_name != _METRIC]
-    data.model_name = data.model_name if kept else (_title(report) if results else None)
+    data.model_name = data.model_name if kept else (_title(report, architecture) if results else None)
     data.eval_results = [*kept, *results] or None
 
 
@@ -157,13 +193,13 @@ def _pattern(report: PruningReport) -> str:
     return pattern if ":" in pattern else f"{report.sparsity:.0%}"
 
 
-def _title(report: PruningReport) -> str:
+def _title(report: PruningReport, architecture: str) -> str:
     method = report.config["method"]
-    name = Path(report.base_model).name if report.base_model else report.model
+    name = Path(report.base_model).name if report.base_model else architecture
     return f"{name}, pruned to {_pattern(report)} with {_TITLES.get(method, method)}"
 
 
-def _section(report: PruningReport, sizes: dict[str, int]) -> str:
+def _section(report: PruningReport, sizes: dict[str, int], architecture: str) -> str:
     parts = {
         "How it was pruned": _how(report),
         "Quality": _quality(report),
@@ -171,7 +207,7 @@ def _section(report: PruningReport, sizes: dict[str, int]) -> str:
         "Speed": _speed(report),
         "Block by block": _picture(report),
         "Limits": _limits(report),
-        "Load it": _LOAD if _is_compact(sizes) else f"{_LOAD}\n\n{_PLAIN}",
+        "Load it": _LOAD if _is_compact(sizes) else f"{_LOAD}\n\n{_PLAIN.format(_loader(architecture))}",
         "Make it again": _again(report),
     }
     return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items())
@@ -296,7 +332,7 @@ import hf_prune
 
 model = hf_prune.load("THIS_REPOSITORY")  # checks weights and masks
 ```"""
-_PLAIN = "`AutoModelForCausalLM.from_pretrained` loads it as well, also without hf_prune."
+_PLAIN = "`{}.from_pretrained` loads it as well, also without hf_prune."
 
 
 def _again(report: PruningReport) -> str:
@@ -312,19 +348,19 @@ def _again(report: PruningReport) -> str:
     data = f"calibration={source}, tokenizer=tokenizer" if report.tokens else ""
     data = ", ".join(filter(None, [data, "masks=masks" if given else "", "bf16=True" if bf16 else ""]))
     data += f", reconstruct={_reconstruction(how)}" if how else ""
-    name, after = report.base_model or "the dense model", ""
+    name, after, loader = report.base_model or "the dense model", "", _loader(report.model)
     if later := dict(report.reconstructed):
         how = _reconstruction(later.pop("how"))
         later = "".join(f", {key}={value!r}" for key, value in later.items())
-        after = f"\ndense = AutoModelForCausalLM.from_pretrained({name!r})"
+        after = f"\ndense = {loader}.from_pretrained({name!r})"
         after += f"\nhf_prune.reconstruct(model, dense, calibration=texts, tokenizer=tokenizer, how={how}{later})"
     before = "".join(f"# before it: {words}\n" for words in report.earlier)
     after += "".join(f"\n# then a Trainer with data of its own: {_training(how)}" for how in report.trained)
     return f"""```python
 import hf_prune
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name!r})
+model = {loader}.from_pretrained({name!r})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 config = hf_prune.PruningConfig(
 {arguments}

@@ -435,9 +435,10 @@ def _put_on(module: nn.Module, adapter: Adapter, rank: int, bits: Tensor, genera
     transposed = isinstance(module, Conv1D)
     n_out, n_in = reversed(module.weight.shape) if transposed else module.weight.shape
     if adapter.kind == "scale_lora":
-        a, b = torch.full((rank, n_in), rank**-0.5), torch.full((n_out, rank), rank**-0.5)
+        a, b = (torch.full(shape, rank**-0.5, dtype=torch.float32) for shape in ((rank, n_in), (n_out, rank)))
     else:
-        a, b = (torch.rand((rank, n_in), generator=generator) * 2 - 1) * n_in**-0.5, torch.zeros(n_out, rank)
+        a = (torch.rand((rank, n_in), generator=generator, dtype=torch.float32) * 2 - 1) * n_in**-0.5
+        b = torch.zeros(n_out, rank, dtype=torch.float32)
     device = module.weight.device
     module.perp_A, module.perp_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
     module.register_buffer("perp_bits", bits.to(device), persistent=False)

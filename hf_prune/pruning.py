@@ -26,7 +26,7 @@ from .config import PruningConfig
 from .gradients import gradients_by_block, model_gradients
 from .journal import Journal, fingerprint, on_disk
 from .masks import Masks, is_quantised
-from .patterns import NM, Pattern, first_line
+from .patterns import NM, Pattern, check_count, first_line
 from .ranks import Ranks
 from .reconstruction import Reconstruction
 from .report import PruningReport, by_reason
@@ -66,6 +66,7 @@ def prune_model(
         checkpoint: where the weights are, if `model` has none; the result goes there too, block by block.
     """
     started = time.perf_counter()
+    _check_options(tokens_per_batch, store, reconstruct)
     ranks = checkpoint.ranks if checkpoint else Ranks.launched()
     check_model(model, elsewhere=True)
     weights = checkpoint or Weights.of(model)
@@ -178,6 +179,7 @@ def prune_model(
                 known = masks.patterns.setdefault(linear.parameter_name, str(patterns[linear.name]))
                 if str(patterns[linear.name]) not in known.split(", "):
                     masks.patterns[linear.parameter_name] = f"{known}, {patterns[linear.name]}"
+            sparsity = masks.sparsity()
             report = PruningReport(
                 config={
                     **config.to_dict(),
@@ -186,8 +188,8 @@ def prune_model(
                     **({"masks": len(fixed_masks)} if fixed_masks else {}),
                 },
                 blocks=blocks,
-                sparsity=masks.sparsity(),
-                model_sparsity=masks.sparsity() * masks.numel() / weights.numel,
+                sparsity=sparsity,
+                model_sparsity=sparsity * masks.numel() / weights.numel,
                 gradient_seconds=gradient_seconds,
                 skipped=skipped,
                 **facts_of(model, calibration, sequences, started),
@@ -201,12 +203,21 @@ def prune_model(
     return masks, report
 
 
-def check_device(device: str | torch.device, name: str = "device") -> None:
-    """Raises ValueError for one that is not here, under the `name` that the user gave it by."""
+def _check_options(tokens_per_batch: Any, store: Any, reconstruct: Any) -> None:
+    if tokens_per_batch is not None:
+        check_count("tokens_per_batch", tokens_per_batch)
+    if store is not None and store != "disk":
+        check_device(store, "store", "'disk'")
+    if not isinstance(reconstruct, Reconstruction | bool | None):
+        raise TypeError(f"reconstruct must be True, False or a hf_prune.Reconstruction, got {reconstruct!r}.")
+
+
+def check_device(device: str | torch.device, name: str = "device", *others: str) -> None:
+    """Raises ValueError for one that is not here, under the `name` that the user gave it by; `others` are allowed in its place."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such word, a torch without CUDA, fewer GPUs than that
-        there = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu'"
+        torch.ones(1, device=device).cpu()
+    except (RuntimeError, AssertionError, TypeError) as error:  # no such word, without CUDA, fewer GPUs, "meta"; no word
+        there = " or ".join(["'cpu'", *(["'cuda'"] if torch.cuda.is_available() else []), *others])
         raise ValueError(f"{name} {str(device)!r} is not here ({first_line(error)}): give {there}.") from error
 
 
@@ -218,11 +229,16 @@ def check_model(model: nn.Module, elsewhere: bool = False) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"hf_prune prunes models of Transformers, got a {type(model).__name__}.")
-    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} has an encoder too: give a causal language model, with a decoder only.")
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: prune the one that it was made from, and load what comes "
+            "out with this class, to train it under the masks."
+        )
+    if name := wrapped_by_peft(model):
+        raise ValueError(f"{name} is wrapped by PEFT, which would hide the pruned weight: {UNWRAP}.")
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
-            raise ValueError(f"{name} carries an adapter, which would hide the pruned weight: call merge_and_unload() first.")
         if hasattr(module, "perp_A"):
             raise ValueError(
                 f"{name} carries an adapter of PERPCallback: call its merge() or detach() first, or hf_prune.perp.release(model)."
@@ -240,6 +256,17 @@ def check_model(model: nn.Module, elsewhere: bool = False) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not is_dequantized(model):
         raise ValueError(f"the model is quantized ({type(quantizer).__name__}): prune in bfloat16 or float32, then quantize.")
+
+
+UNWRAP = (
+    "call unload() or merge_and_unload() of the PeftModel. Transformers' own add_adapter leaves layers wrapped, even after "
+    "delete_adapter(name): then peft.get_peft_model(model, config).unload(), with the config of the adapter, takes that off"
+)
+
+
+def wrapped_by_peft(model: nn.Module) -> str:
+    """The first module that PEFT has put another around, whose parameters have other names then; empty if there is none."""
+    return next((name for name, m in model.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module")), "")
 
 
 def is_dequantized(model: nn.Module) -> bool:
@@ -282,8 +309,9 @@ def _check_patterns(
             )
     wide = config.comparison_group in ("block", "model")
     for together in [] if fixed else [linears] if wide else [[linear] for linear in linears]:
-        kept = [linear.matrix(old[linear.parameter_name]) for linear in together if linear.parameter_name in old]
-        gone = sum(int((~mask).sum()) for mask in kept) / sum(linear.weight.numel() for linear in together)
+        pruned = [linear for linear in together if linear.parameter_name in old]
+        gone = sum(linear.weight.numel() - old.kept(linear.parameter_name, linear.expert) for linear in pruned)
+        gone /= sum(linear.weight.numel() for linear in together)
         pattern = patterns[together[0].name]
         if gone > pattern.sparsity + 1e-3:
             what = together[0].name if len(together) == 1 else f"the {config.comparison_group}"

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from .blocks import as_it_was, replaced
-from .calibration import batches_of, calibration_sequences, positions_of
+from .calibration import batches_of, calibration_sequences, positions_of, tokenizer_of
 from .checkpoint import check_finite
 from .masks import input_device
 from .patterns import check_count
@@ -46,6 +46,7 @@ def self_calibration_sequences(
     Raises:
         ValueError: a model that cannot generate, weights that are not finite, nothing to begin with, prompts that leave nothing to
             write, a sequence longer than the model allows.
+        TypeError: prompts that are neither text nor ids, or no tokenizer.
     """
     for name, value in {"n_samples": n_samples, "prompt_length": prompt_length, "batch_size": batch_size}.items():
         check_count(name, value)
@@ -59,7 +60,7 @@ def self_calibration_sequences(
             f"{type(model).__name__} cannot generate text: give calibration text, or AutoModelForCausalLM's model."
         )
     check_finite((name, p) for name, p in model.named_parameters() if not p.is_meta)
-    starts = _starts(model, prompts, tokenizer, n_samples, sequence_length, prompt_length, seed)
+    starts = _starts(model, prompts, tokenizer_of(tokenizer), n_samples, sequence_length, prompt_length, seed)
     device = input_device(model)
     written: list[Tensor] = []
     bar = tqdm(total=len(starts), desc="self-calibration", unit="sequence")

@@ -337,7 +337,8 @@ class _BlockWork:
         jobs = []
         for linear in task.linears:
             known = _statistics(task.method, linear, source, self.gradients)
-            kept, fixed = _mask_of(plan.kept, linear), self.fixed.get(linear.name, _mask_of(plan.fixed, linear))
+            kept, fixed = _mask_of(plan.kept, linear), self.fixed.get(linear.name)
+            fixed = _mask_of(plan.fixed, linear) if fixed is None else fixed
             if fixed is not None and kept is not None:
                 fixed = fixed & kept
             jobs.append(Job(linear.weight.float(), known, plan.patterns[linear.name], kept, fixed))
@@ -384,7 +385,7 @@ class _BlockWork:
             holds = True
         else:
             groups = result.mask if self.plan.group == "row" else result.mask.reshape(1, -1)
-            over = (~groups).sum(1) - pattern.count(groups.shape[1])
+            over = groups.shape[1] - groups.count_nonzero(1) - pattern.count(groups.shape[1])
             holds = not bool(over.any())
             if job.kept is not None and bool((over > 0).any()):
                 note = note or "more was pruned before, in some rows or all of it, than the pattern asks for"
@@ -416,9 +417,17 @@ def _statistics(method: Method, linear: Linear, source: _Input | None, gradients
     return tuple(known[kind] for kind in method.needs)
 
 
+def mask_of(masks: Masks, linear: Linear) -> Tensor | None:
+    """That of `linear` (out, in) on the CPU, if there is one."""
+    if linear.parameter_name not in masks:
+        return None
+    mask = masks.of(linear.parameter_name, linear.expert)
+    return mask.t() if linear.transposed else mask
+
+
 def _mask_of(masks: Masks, linear: Linear) -> Tensor | None:
-    mask = masks.get(linear.parameter_name)
-    return None if mask is None else linear.matrix(mask).to(linear.parameter.device)
+    mask = mask_of(masks, linear)
+    return None if mask is None else mask.to(linear.parameter.device)
 
 
 def _joint_masks(plan: Plan, linears: list[Linear], inputs: dict, gradients=None) -> dict[str, Tensor]:

@@ -14,13 +14,22 @@ import re
 import shutil
 import weakref
 from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from .atomic import readable
@@ -36,6 +45,8 @@ logger = logging.get_logger(__name__)
 FOLDER = "pruning"
 ADAPTER = "adapter_config.json"  # of PEFT
 ON_MISMATCH = ("error", "reapply", "drop")
+
+_THREADS = min(8, os.cpu_count() or 1)  # that compute digests
 
 _SHARD = r"-\d{5}-of-\d{5}"
 _WEIGHTS = re.compile(
@@ -125,15 +136,17 @@ class PruningState:
         """
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
-        digest = self.masks.save(target)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
-        weights += target.glob("values-*.safetensors")
+        weights = sorted([*weights, *target.glob("values-*.safetensors")])
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = pool.map(_digest, weights)  # while the masks are written
+            digest = self.masks.save(target)
         files: dict[str, str] = {}
         for known in before:
             if known and known["masks"] == digest:
                 gone = replaced_variants(variant, known)
                 files.update({name: old for name, old in known["files"].items() if variant_of(name) not in gone})
-        files.update({path.relative_to(folder).as_posix(): _digest(path) for path in sorted(weights)})
+        files.update(zip([path.relative_to(folder).as_posix() for path in weights], digests))
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
@@ -176,16 +189,17 @@ class PruningState:
         Raises:
             ValueError: one is missing, was changed, or lies elsewhere; or there is one more that would be read instead.
         """
-        for name, digest in self.files.items():
-            path = folder / name
-            if not is_weight_file(name):
-                raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {name!r} as a weight file, which it cannot be.")
-            if variant_of(name) != variant:
-                continue
+        if wrong := [name for name in self.files if not is_weight_file(name)]:
+            raise ValueError(f"{folder / FOLDER / CONFIG_FILE} names {wrong[0]!r} as a weight file, which it cannot be.")
+        paths = {name: folder / name for name in self.files if variant_of(name) == variant}
+        for path in paths.values():
             if not path.is_file():
                 raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
             check_inside(path, folder)
-            if _digest(path) != digest:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = pool.map(_digest, paths.values())
+        for (name, path), digest in zip(paths.items(), digests):
+            if digest != self.files[name]:
                 raise ValueError(f"{path} is damaged or was changed: it is not the file that was saved with the masks.")
             if name.endswith(".json"):
                 named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
@@ -210,7 +224,7 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
         name_or_path: folder or Hub name.
         on_mismatch: if anything is wrong with the masks: "error"; "reapply" sets pruned weights to zero again; "drop" gives
             the model as it is, without masks. Compact weights cannot be read without their masks.
-        **kwargs: as for `AutoModelForCausalLM.from_pretrained`: `revision`, `dtype`, `device_map`, ...
+        **kwargs: as for `from_pretrained` of the class that the config names, see `class_of`: `revision`, `dtype`, ...
 
     Raises:
         ValueError: damaged or foreign masks or weights; says which.
@@ -219,13 +233,10 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
     hub, folder = hub_arguments(kwargs), Path(name_or_path)
     if hub.pop("subfolder", ""):
         raise ValueError("hf_prune.load takes the folder of the model itself: leave out subfolder.")
-    if (folder / ADAPTER).exists() and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{name_or_path} holds an adapter and no model: model = hf_prune.load(the pruned model's folder), then "
-            f"model.load_adapter({str(name_or_path)!r}); for a MaskLoRA hf_prune.peft_adapters.load_masked_adapter."
-        )
+    if kwargs.get("gguf_file"):  # has neither a config.json nor masks
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     trust = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
-    config = AutoConfig.from_pretrained(name_or_path, **hub, **trust)
+    config = config_of(name_or_path, **hub, **trust)
     state = None
     if getattr(config, "pruning_config", None) is not None:
         try:
@@ -238,15 +249,72 @@ def load(name_or_path: str | Path, *, on_mismatch: str = "error", **kwargs: Any)
         raise ValueError(f"config.json takes its weights from {named!r}, which the masks were not saved with.")
     checked = state is not None and on_mismatch == "error"
     if state and state.compact and not kwargs.get("variant"):
-        loaded = _load_compact(name_or_path, state, hub, kwargs)
+        loaded = _load_compact(name_or_path, class_of(config), state, hub, kwargs)
     else:
         if checked and folder.is_dir():
             state.check_files(folder, kwargs.get("variant"))
-        loaded = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        loaded = class_of(config).from_pretrained(name_or_path, **kwargs)
         if checked and not folder.is_dir():
             state.check_files(state.folder, kwargs.get("variant"))
     settle(loaded[0] if isinstance(loaded, tuple) else loaded, on_mismatch, state, **hub)
     return loaded
+
+
+def config_of(name_or_path: str | Path, **kwargs: Any) -> PretrainedConfig:
+    """The config of a model folder or a repository; `kwargs` as for `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: an adapter is there, and no model.
+    """
+    folder = Path(name_or_path)
+    if (folder / ADAPTER).exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{name_or_path} holds an adapter and no model: model = hf_prune.load(the pruned model's folder), then "
+            f"model.load_adapter({str(name_or_path)!r}); for a MaskLoRA hf_prune.peft_adapters.load_masked_adapter."
+        )
+    return AutoConfig.from_pretrained(name_or_path, **kwargs)
+
+
+def class_of(config: PretrainedConfig) -> type:
+    """The class whose `from_pretrained` reads a folder of that `config`.
+
+    It is that which `architectures` names, such as a classifier or a model that sees; AutoModelForCausalLM where that makes the
+    same, or all that the folder lacks is a head tied to the embedding, or Transformers has no such class, as of remote code.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(named, type) and issubclass(named, PreTrainedModel) and isinstance(config, named.config_class or ())):
+        return AutoModelForCausalLM
+    causal, body = (mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
+    complete = causal and named is body and getattr(config, "tie_word_embeddings", False)
+    return AutoModelForCausalLM if named is causal or complete else named
+
+
+def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """A model of that `config`, its weights not read; `kwargs` as for `AutoModelForCausalLM.from_config`."""
+    if (kind := class_of(config)) is AutoModelForCausalLM:
+        return kind.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+    return kind._from_config(config, **kwargs)
+
+
+def check_causal(config: PretrainedConfig, name: str | Path) -> None:
+    """Refuses the folder or repository `name` if it holds no causal language model.
+
+    Raises:
+        ValueError: says what it holds and the way out.
+    """
+    kind = class_of(config)
+    held = kind.__name__ if kind is not AutoModelForCausalLM else f"model of a {type(config).__name__}"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} holds a {held}, which has an encoder too: give a causal language model, with a decoder only.")
+    if kind is AutoModelForCausalLM:
+        fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or kind.__name__ in (getattr(config, "auto_map", None) or {})
+    else:
+        fits = kind.can_generate()
+    if not fits:
+        raise ValueError(
+            f"{name} holds a {held}, which is no causal language model: give the one that it was made from, and load what "
+            f"comes out with its own class, to train it there under the masks."
+        )
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -267,14 +335,16 @@ def remember_source(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     model.__dict__[SOURCE] = hub
 
 
-def _load_compact(name_or_path: str | Path, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+def _load_compact(
+    name_or_path: str | Path, kind: type, state: PruningState, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
     folder = Path(name_or_path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.py", f"{FOLDER}/*"], **hub))
     state.check_files(folder)
     rest = {key: value for key, value in kwargs.items() if key not in (*hub, "revision", "disable_mmap")}
     with as_ordinary(folder, [folder / name for name in state.compact], state.masks):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, **rest)
+        loaded = kind.from_pretrained(folder, **rest)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if "disk" in map(str, (getattr(model, "hf_device_map", None) or {}).values()):
         raise ValueError(f"{name_or_path} is compact and cannot be offloaded to disk. Make it ordinary with hf_prune.expand.")

@@ -54,7 +54,7 @@ class ActivationNorm:
     def update(self, x: Tensor) -> None:
         """Adds `x` (tokens, in), any float dtype."""
         if x.device.type == "cpu":  # row upon row, in sums that stay in the cache: 7 times faster than squaring all of x first
-            sums = torch.zeros(min(128, max(len(x), 1)), x.shape[1])
+            sums = torch.zeros(min(128, max(len(x), 1)), x.shape[1], dtype=torch.float32)
             for piece in x.split(len(sums)):
                 piece = piece.float()
                 sums[: len(piece)].addcmul_(piece, piece)

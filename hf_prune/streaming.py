@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .atomic import check_writable, move_whole
@@ -26,7 +26,7 @@ from .model_card import CARD, card_of, write_card
 from .pruning import check_device, prune_model
 from .ranks import Ranks
 from .report import PruningReport
-from .serialization import ADAPTER, FOLDER, PruningState, copy_entry, is_replaced, is_weight_file
+from .serialization import ADAPTER, FOLDER, PruningState, check_causal, copy_entry, is_replaced, is_weight_file, skeleton_of
 
 
 UNFINISHED, _DONE = ".unfinished", "done"
@@ -55,11 +55,12 @@ def prune_checkpoint(
     tokens_per_batch: int | None = None,
     store: str | torch.device | None = None,
     bf16: bool = False,
+    trust_remote_code: bool = False,
 ) -> PruningReport:
     """Prunes the model in the folder `src` into a new folder `dst`, in the memory of one block and the hidden states.
 
     After an interruption, also a kill, the same call goes on from the last finished block; the result is that of
-    `model.prune(...)`, bit for bit. `AutoModelForCausalLM.from_pretrained(dst)` and `hf_prune.load(dst)` read it.
+    `model.prune(...)`, bit for bit. `from_pretrained(dst)` of its class and `hf_prune.load(dst)` read it.
 
     Args:
         src: folder of a model with safetensors weights, or a Hub name; never changed.
@@ -67,6 +68,7 @@ def prune_checkpoint(
         config, calibration, tokenizer, tokens_per_batch, bf16: as for `model.prune`.
         device: where blocks are computed.
         store: where hidden states wait between blocks: a device, or "disk"; None leaves them where blocks are computed.
+        trust_remote_code: run the Python code that `src` brings for its model; it is copied to `dst`.
 
     Raises:
         ValueError, TypeError: anything that cannot be done as asked, before a file is written.
@@ -92,7 +94,7 @@ def prune_checkpoint(
     if (source / ADAPTER).exists():
         raise ValueError(f"{src} holds an adapter, which would be loaded over its weights: merge it into the model first.")
     check_writable(target)
-    model = _skeleton(source, str(src))
+    model = _skeleton(source, str(src), trust_remote_code)
     old = PruningState.load(source) if getattr(model.config, "pruning_config", None) else None
     if old and old.compact:
         raise ValueError(f"{src} is compact: make it ordinary with hf_prune.expand({str(src)!r}, ...) first.")
@@ -136,13 +138,14 @@ def _fetched(src: str | Path) -> Path:
     return Path(snapshot_download(str(src), ignore_patterns=_NOT_FETCHED))
 
 
-def _skeleton(source: Path, name: str) -> PreTrainedModel:
+def _skeleton(source: Path, name: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model of the folder without its weights, which are on the "meta" device; buffers that no file holds are there."""
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    check_causal(config, name)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source} is quantized: prune the checkpoint in bfloat16 or float32, then quantize.")
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or dtype_of(source))
+        model = skeleton_of(config, trust_remote_code, dtype=config.dtype or dtype_of(source))
     model.config._name_or_path = name
     model.tie_weights()  # each parameter became another one when it lost its values
     if (source / "generation_config.json").is_file():

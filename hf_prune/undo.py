@@ -1,7 +1,8 @@
 """Keeps what pruning overwrites, so that a run that fails or is interrupted leaves the weights as they were.
 
-The originals go to an unnamed temporary file: they cost no memory, and nothing is left behind if the process dies. Where the
-temporary folder is too small they stay in memory. A GPU goes on while its weights are written: they leave it through pinned memory.
+The originals go to an unnamed file in the temporary folder: a copy of all that is pruned, of which nothing is left behind if the
+process dies. It costs no memory, but where that folder is in memory itself, as /tmp often is: TMPDIR names another. Where the
+folder is too small the originals stay in memory. A GPU goes on while its weights are written: they leave it through pinned memory.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def test_command_line(tmp_path, capsys):
     [
         (([1, 2],), TypeError, "a folder or Hub name, got a list"),
         ((torch.nn.Linear(2, 2),), TypeError, "got a Linear"),
-        ((T5Config(),), ValueError, "T5Config is the config of no causal language model"),
+        ((T5Config(),), ValueError, "the config holds a model of a T5Config, which has an encoder too"),
         ((config(), "tpu"), ValueError, "got device 'tpu'"),
         ((config(), "cuda"), ValueError, "got device 'cuda'"),
     ],

@@ -1,12 +1,15 @@
 """Architectures that are unlike the families of `conftest`, each in one way that has to be seen by running it."""
 
+import copy
+
 import pytest
 import torch
 import transformers
-from conftest import _BASE, _TOKENS, ids_for
+from conftest import _BASE, _TOKENS, ids_for, same, snapshot
 from conftest import make as family
 from test_resume import Stopped, stop_after
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -189,3 +192,39 @@ def test_within_inference_mode():
         hf_prune.reconstruct(model, dense, ids_for(4), n_samples=4, how=hf_prune.Reconstruction(batch_tokens=48))
         dense.prune(PruningConfig("taylor", pattern="ffn:0.5", n_samples=4, sequence_length=24), ids_for(4))
     model(input_ids=ids_for(2), labels=ids_for(2)).loss.backward()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "taylor"])
+def test_masks_of_torch_itself_are_made_permanent_first(method):
+    model = family("llama")
+    up = model.model.layers[1].mlp.up_proj
+    prune.l1_unstructured(up, "weight", 0.1)
+    before = snapshot(model)
+    how = config(method) if method != "taylor" else config(method, pattern="ffn:0.5", sparsity=None)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj carries a mask of torch.nn.utils.prune.*prune.remove\("):
+        model.prune(how, ids_for(4))
+    assert same(model, before)
+    prune.remove(up, "weight")
+    model.prune(how, ids_for(4))
+
+
+@pytest.mark.parametrize("put_on", [nn.utils.spectral_norm, parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_that_is_made_of_others_is_left_dense(put_on):
+    model = family("llama")
+    put_on(model.model.layers[0].mlp.up_proj)
+    report = model.prune(config("wanda"), ids_for(4))
+    assert "made of other parameters" in report.skipped["model.layers.0.mlp.up_proj"]
+    assert len(report.linears) == 13 and not model.pruning_masks.violations(model)
+
+
+def test_a_block_that_is_in_the_model_twice_is_refused():
+    model = family("llama")
+    model.model.layers[1] = model.model.layers[0]
+    before = snapshot(model)
+    for how in config("wanda"), config("taylor", pattern="ffn:0.5", sparsity=None):
+        with pytest.raises(ValueError, match="model.layers.0 and model.layers.1 are the same module"):
+            model.prune(how, ids_for(4))
+    assert same(model, before)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+    assert model.prune(config("wanda"), ids_for(4)).sparsity == 0.5

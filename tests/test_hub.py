@@ -12,7 +12,7 @@ from conftest import ids_for, make, same, snapshot
 from hub_server import TOKEN
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForQuestionAnswering, Trainer, TrainingArguments
 
 import hf_prune
 from hf_prune import KeepMasksCallback, Perplexity, PruningConfig
@@ -423,3 +423,25 @@ def test_keep_masks_needs_masks(tmp_path):
 def test_nothing_but_localhost(hub):
     assert HfApi().endpoint == hub.url
     assert json.dumps(hub.requests) == "[]"
+
+
+def test_a_model_that_never_had_the_pruned_weights(tmp_path):
+    pruned().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="made from a config alone.*`del model.pruning_masks`"):
+        model.prune(PruningConfig("magnitude", pattern="2:4"))
+    del model.pruning_masks
+    assert model.prune(PruningConfig("magnitude", pattern="2:4")).sparsity == 0.5
+    answering = AutoModelForQuestionAnswering.from_pretrained(tmp_path)  # names its body "transformer"
+    with pytest.raises(ValueError, match=r"names its weights transformer\.\*.*`del model.pruning_masks`"):
+        answering.pruning_masks  # noqa: B018
+
+
+def test_masks_that_fit_no_more_are_kept(tmp_path, caplog):
+    model = pruned()
+    masks, last = model.pruning_masks, model.model.layers[1]
+    del model.model.layers[1]
+    model.save_pretrained(tmp_path)
+    assert "do not belong to this model" in caplog.text and not (tmp_path / "pruning").exists()
+    model.model.layers.append(last)
+    assert model.pruning_masks is masks

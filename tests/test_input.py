@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import pickle
+import random
 from dataclasses import asdict, dataclass, replace
 
 import datasets
@@ -17,7 +18,8 @@ import yaml
 from conftest import ids_for, make, same, snapshot
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from hf_prune import PruningConfig, Wanda, calibration_sequences
+from hf_prune import PruningConfig, Wanda, calibration, calibration_sequences, perplexity
+from hf_prune.checkpoint import check_finite
 from hf_prune.patterns import Unstructured
 from hf_prune.undo import Undo
 
@@ -162,6 +164,34 @@ def test_masks_that_are_given(llama):
     assert llama.pruning_masks.digest() == other.pruning_masks.digest()
 
 
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"store": "nowhere"}, ValueError, "store 'nowhere' is not here .*: give 'cpu'.* or 'disk'"),
+        ({"store": "meta"}, ValueError, "store 'meta' is not here .*: give 'cpu'.* or 'disk'"),
+        ({"store": 3.5}, ValueError, "store '3.5' is not here .*: give 'cpu'.* or 'disk'"),
+        *(({"tokens_per_batch": n}, ValueError, "tokens_per_batch must be a whole number") for n in ("a", 0, -5, 2.5, True)),
+        ({"reconstruct": "yes"}, TypeError, "reconstruct must be True, False or a hf_prune.Reconstruction, got 'yes'"),
+        ({"reconstruct": {"epochs": 2}}, TypeError, "reconstruct must be True, False or a hf_prune.Reconstruction"),
+    ],
+)
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_options_that_are_refused(llama, method, options, error, message):
+    before = snapshot(llama)
+    with pytest.raises(error, match=message):
+        llama.prune(config(method=method), ids_for(), **options)
+    assert same(llama, before) and llama.pruning_masks is None
+
+
+def test_options_that_are_taken():
+    masks = set()
+    for options in ({}, {"store": "disk"}, {"store": torch.device("cpu")}, {"tokens_per_batch": numpy.int64(48)}):
+        model = make("llama")
+        model.prune(config(), ids_for(), reconstruct=False, **options)
+        masks.add(model.pruning_masks.digest())
+    assert len(masks) == 1
+
+
 def test_shape_that_does_not_divide(llama):
     refuses(llama, r"q_proj has 32.*exclude=\['\*\.q_proj'\]", pattern="3:5")
 
@@ -194,7 +224,7 @@ def test_quantized_and_adapted_and_offloaded():
     refuses(model, "up_proj.weight is quantized")
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapter.*merge_and_unload"):
+    with pytest.raises(ValueError, match="q_proj .*merge_and_unload"):
         adapted.prune(config(), ids_for())
     with torch.device("meta"):
         meta = type(model)(model.config)
@@ -209,6 +239,25 @@ def test_weights_that_are_not_finite(value):
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight.*not finite"):
         model.prune(config(), ids_for())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_large_weights_are_finite(dtype):
+    weight = torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype)
+    check_finite([("w", weight), ("w", -weight), ("w", weight[:0])])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for rest in (weight, torch.ones_like(weight), torch.arange(90000).view(300, 300) % 2 * 2 * weight - weight):
+            rest = rest.clone()
+            rest[299, 7] = value
+            with pytest.raises(ValueError, match="weights of w are not finite"):
+                check_finite([("w", rest)])
+
+
+def test_weights_in_bfloat16_are_summed_as_they_are(monkeypatch):
+    seen, summed = [], torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, **how: (seen.append(how["dtype"]), summed(x, **how))[1])
+    check_finite([("w", torch.ones(2, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)])
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -321,15 +370,50 @@ def test_calibration_refuses(llama, calibration, error, message):
         ("a.txt", "caf\xe9".encode("latin-1"), "a.txt is not text in UTF-8"),
         ("a.jsonl", b'{"text": "one"}\n{text: two}', "a.jsonl is not JSON in line 2"),
         ("a.json", b"[1,\n", "a.json is not JSON in line"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"text": "two"\n', "a.jsonl is not JSON in line 3"),
+        ("a.jsonl", b'{"text": "one"}\n' * 200 + b'{"text": "caf\xe9"}', "a.jsonl is not text in UTF-8"),
+        ("a.jsonl", b" \n\n", "a.jsonl is empty"),
         ("a.jsonl", None, "is a folder"),
         ("a.txt", b" \n", "a.txt is empty"),
         ("a.jsonl", b"", "a.jsonl is empty"),
     ],
 )
-def test_calibration_files_that_cannot_be_read(llama, tmp_path, name, content, message):
+def test_calibration_files_that_cannot_be_read(llama, tokenizer, tmp_path, name, content, message):
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        llama.prune(config(), str(tmp_path / name))
+        llama.prune(config(), str(tmp_path / name), tokenizer)
+
+
+class Processor:
+    """As of a model that sees: it makes tokens in a way of its own."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, images=None, text=None, **kwargs):
+        raise KeyError("input_ids")
+
+
+def test_a_processor_stands_for_its_tokenizer(llama, tokenizer):
+    texts = ["3 4 5 " * 40, "6 7 8 " * 40]
+    sizes = {"n_samples": 2, "sequence_length": 24}
+    one, two = (calibration_sequences(texts, given, **sizes) for given in (tokenizer, Processor(tokenizer)))
+    assert torch.equal(torch.stack(one), torch.stack(two))
+    assert llama.prune(config(**sizes), texts, Processor(tokenizer)).tokens == 48
+    one, two = (perplexity(llama, given, texts, sequence_length=24) for given in (tokenizer, Processor(tokenizer)))
+    assert one == two
+    assert perplexity(llama, Processor(tokenizer), texts, sequence_length=24, add_bos=True).bos
+
+
+def test_what_is_no_tokenizer(llama):
+    before = snapshot(llama)
+    for given, what in ((llama, "a LlamaForCausalLM"), (3, "a int"), ("llama", "'llama'")):
+        message = f"tokenizer must be such as AutoTokenizer.from_pretrained gives; got {what}"
+        with pytest.raises(TypeError, match=message):
+            llama.prune(config(), ["3 4 5"], given)
+        with pytest.raises(TypeError, match=message):
+            perplexity(llama, given, "3 4 5")
+    assert same(llama, before)
 
 
 def test_columns(llama, tokenizer):
@@ -539,6 +623,27 @@ class TestCalibration:
         (tmp_path / "a.json").write_text(json.dumps({"text": self.texts}))
         assert len(calibration_sequences(tmp_path / "a.json", tokenizer, n_samples=8, sequence_length=50)) == 8
 
+    def test_lines_of_a_file(self, tokenizer, tmp_path):
+        texts = [f"{text} \u2028 3 \x85 4 \x0c \x1c 5" for text in self.texts]
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+        known = calibration_sequences(texts, tokenizer, n_samples=8, sequence_length=50)
+        for name, content in {"a": "\n".join(lines), "b": "\r\n\r\n".join(lines) + "\r\n", "c": "\r".join(lines)}.items():
+            (tmp_path / f"{name}.jsonl").write_bytes(content.encode())
+            found = calibration_sequences(tmp_path / f"{name}.jsonl", tokenizer, n_samples=8, sequence_length=50)
+            assert torch.equal(torch.stack(found), torch.stack(known))
+        (tmp_path / "ids.jsonl").write_text("[3, 4]\n[5, 6, 7]\n[8]")
+        assert [ids.tolist() for ids in calibration_sequences(str(tmp_path / "ids.jsonl"), n_samples=2)] == [[3, 4], [5, 6, 7]]
+
+    def test_no_more_lines_are_read_than_are_used(self, tokenizer, tmp_path, monkeypatch):
+        lines, read = [json.dumps({"text": text}) for text in self.texts] * 20, []
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        loads = json.loads
+        monkeypatch.setattr("hf_prune.calibration.json.loads", lambda line: (read.append(line), loads(line))[1])
+        found = calibration_sequences(tmp_path / "a.jsonl", tokenizer, n_samples=8, sequence_length=50)
+        known = calibration_sequences(self.texts * 20, tokenizer, n_samples=8, sequence_length=50)
+        assert torch.equal(torch.stack(found), torch.stack(known))
+        assert len(read) == 40  # 4 * 8 * 50 tokens
+
     def test_padding_does_not_count(self, llama):
         ids = ids_for(6, 12)
         padded = [
@@ -556,6 +661,60 @@ class TestCalibration:
     def test_fewer_ids_than_asked_is_said(self, llama, caplog):
         report = llama.prune(config(n_samples=50), ids_for())
         assert report.sequences == 6
+
+
+def long_text(seed: int, length: int = 40_000) -> str:
+    """Of words, in whose midst there are a word and a gap of 8,000 characters each."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdeé世", k=rng.randint(1, 8))) + rng.choice(" \n,") for _ in range(length // 6)]
+    return " ".join(words[: length // 30] + ["ab" * 4_000, "\n" * 8_000] + words[length // 30 :])
+
+
+def trained(kind: str):
+    """A tokenizer of words, of byte pairs that span words as Llama 2's do, or of the likeliest pieces."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = long_text(0)
+    if kind == "unigram":
+        core, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=300, special_tokens=["<s>", "</s>"])
+    else:
+        core, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"])
+    if kind == "words":
+        core.pre_tokenizer = pre_tokenizers.ByteLevel()
+    else:
+        core.normalizer = normalizers.Replace(" ", "▁")
+    core.train_from_iterator((text[i : i + 40] for i in range(0, 8000, 40)), trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["words", "pairs", "unigram"])
+def test_of_a_long_text_only_a_head_is_encoded(kind, tmp_path, monkeypatch):
+    tokenizer, text, read, encode = trained(kind), long_text(1), [], calibration._encode
+    monkeypatch.setattr(calibration, "_encode", lambda t, text, *how: (read.append(len(text)), encode(t, text, *how))[1])
+    monkeypatch.setattr(calibration, "_MARGIN", 500)
+    (tmp_path / "a.txt").write_text(text)
+    sizes = {"n_samples": 4, "sequence_length": 50}
+    for source in (str(tmp_path / "a.txt"), [text], iter([text])):
+        found = calibration_sequences(source, tokenizer, **sizes)
+        assert torch.cat(found).tolist() == tokenizer(text)["input_ids"][:200]
+        assert sum(read) < len(text) / 2
+        read.clear()
+    for texts in ([text, "ab ba"], ["ab ba", text], [text[:900], text[:9000], text], [text[:9000], text, text[::-1], "ab"]):
+        for seed in range(3):
+            found = calibration_sequences(iter(texts), tokenizer, **sizes, seed=seed)
+            with monkeypatch.context() as patch:
+                patch.setattr(calibration, "_CHARACTERS", 10**9)  # whole texts
+                known = calibration_sequences(texts, tokenizer, **sizes, seed=seed)
+            assert torch.equal(torch.stack(found), torch.stack(known))
+
+
+def test_a_text_without_a_space_is_encoded_whole(monkeypatch):
+    tokenizer, text = trained("unigram"), "ab" * 5_001 + "a"
+    monkeypatch.setattr(calibration, "_MARGIN", 0)
+    found = calibration_sequences([text], tokenizer, n_samples=4, sequence_length=50)
+    assert torch.cat(found).tolist() == tokenizer(text)["input_ids"][:200]
 
 
 def test_undo_when_the_disk_fills_up(llama, monkeypatch):

@@ -248,6 +248,36 @@ def test_a_failed_save_leaves_the_old_folder(saved, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_masks_on_a_disk_are_not_read_for_their_size(tmp_path, monkeypatch):
+    opened, safe_open = [], hf_prune.masks.safe_open
+
+    def counted(path, *args):
+        opened.append(path.stem)
+        return safe_open(path, *args)
+
+    def facts(masks):
+        found = [("a" in masks, "c" in masks, masks.sparsity(), masks.sparsity(), masks.numel())]
+        return [*found, *((name, masks.kept(name), masks.shape(name)) for name in masks)]
+
+    monkeypatch.setattr(hf_prune.masks, "safe_open", counted)
+    a, b = torch.rand(5, 13) < 0.4, torch.rand(3, 4, 10) < 0.7
+    masks = Masks({"a": ~a, "b": b}, tmp_path / "masks")
+    masks["a"] = a
+    pruned = 1 - int(a.sum() + b.sum()) / 185
+    expected = [(True, False, pruned, pruned, 185), ("a", int(a.sum()), (5, 13)), ("b", int(b.sum()), (3, 4, 10))]
+    assert facts(masks) == expected and not opened
+    again = Masks(folder=tmp_path / "masks")  # of an earlier run
+    assert facts(again) == expected and sorted(opened) == ["a", "b"]
+    assert torch.equal(again.of("b", 1), b[1]) and again.kept("b", 1) == int(b[1].sum())
+    del again["a"]
+    assert "a" not in again and again.numel() == 120
+    for ask in (again.of, again.kept, again.packed):
+        with pytest.raises(KeyError):
+            ask("a")
+    with pytest.raises(KeyError):
+        again.shape("a")
+
+
 _KILLER = """
 import os, shutil, signal, sys, threading, time
 import torch, tqdm

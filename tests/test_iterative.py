@@ -100,6 +100,20 @@ def test_what_competes_is_reached_together(group):
     assert hf_prune.prune_iteratively(model, config, lambda *_: None, rounds=2) == []
 
 
+def test_a_mixture_is_looked_at_once(monkeypatch):
+    config, unpacked, unpack = PruningConfig("magnitude", pattern="2:4"), [], hf_prune.masks.unpack
+
+    def counted(packed, width):
+        unpacked.append(8 * packed.size)
+        return unpack(packed, width)
+
+    model = make("qwen3_moe", num_experts=16)
+    hf_prune.prune_iteratively(model, config, lambda *_: None)
+    monkeypatch.setattr(hf_prune.masks, "unpack", counted)
+    assert hf_prune.prune_iteratively(model, config, lambda *_: None) == []
+    assert sum(unpacked) == model.pruning_masks.numel()
+
+
 def test_refuses():
     model = make("llama")
     before = snapshot(model)

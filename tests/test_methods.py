@@ -1,15 +1,19 @@
 """Each method equals its slow reference, and the papers' invariants hold."""
 
+import copy
+
 import pytest
 import reference
 import torch
-from conftest import MASKING, ids_for, make
+from conftest import MASKING, ids_for, make, snapshot
 
 import hf_prune
 from hf_prune import ALPS, GBLM, RIA, Magnitude, SparseGPT, Wanda
+from hf_prune.blocks import Decoder
 from hf_prune.methods import REGISTRY, Taylor
 from hf_prune.methods.base import Job
 from hf_prune.patterns import NM, Unstructured
+from hf_prune.sequential import mask_of
 from hf_prune.statistics import ActivationNorm, GradientNorm, Hessian
 
 
@@ -52,6 +56,66 @@ def test_scores_equal_reference(method, slow, pattern):
     expected = reference.keep_highest(slow(weight, x, gradients), pattern, method.comparison_group)
     assert (result.mask != expected).float().mean() < 2e-4  # summation order decides a near tie
     assert torch.equal(result.weight, weight * result.mask)
+
+
+@pytest.fixture
+def default_dtype():
+    """Sets torch's, until the test ends."""
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("name", MASKING)
+def test_the_default_dtype_plays_no_part(name, pattern, default_dtype):
+    dense, results = make("llama"), []
+    with torch.no_grad():
+        dense.model.layers[0].mlp.up_proj.weight.copy_(dense.model.layers[0].mlp.up_proj.weight.bfloat16())  # with ties
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model = copy.deepcopy(dense)
+        default_dtype(dtype)
+        model.prune(hf_prune.PruningConfig(name, pattern=pattern, n_samples=6, sequence_length=24), ids_for())
+        results.append((model.pruning_masks.digest(), snapshot(model)))
+    for digest, weights in results[1:]:
+        assert digest == results[0][0]
+        assert all(torch.equal(weight, results[0][1][name]) for name, weight in weights.items())
+
+
+def test_statistics_sum_in_fp32_whatever_the_default(default_dtype):
+    x = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    default_dtype(torch.bfloat16)
+    norm, hessian = ActivationNorm(8), Hessian(8)
+    for statistic in (norm, hessian):
+        statistic.update(x)
+    torch.testing.assert_close(norm.norm.double(), x.double().norm(dim=0), rtol=1e-5, atol=0)
+    assert {norm.norm.dtype, hessian.gram.dtype, hessian.damped(0.01).dtype, hessian.factor(0.01)[1].dtype} == {torch.float32}
+
+
+@pytest.mark.parametrize("group", ["row", "block", "model"])
+def test_pruning_a_mixture_again_unpacks_each_mask_a_few_times(group, monkeypatch):
+    model, unpacked, unpack = make("qwen3_moe", num_experts=16), [], hf_prune.masks.unpack
+
+    def counted(packed, width):
+        unpacked.append(8 * packed.size)
+        return unpack(packed, width)
+
+    model.prune(hf_prune.PruningConfig("magnitude"))
+    monkeypatch.setattr(hf_prune.masks, "unpack", counted)
+    model.prune(hf_prune.PruningConfig("magnitude", sparsity=0.6, comparison_group=group))
+    assert 0 < sum(unpacked) <= 3 * model.pruning_masks.numel()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "gpt2"])
+def test_the_mask_of_one_linear(family):
+    model = make(family)
+    model.prune(hf_prune.PruningConfig("magnitude"))
+    masks = model.pruning_masks
+    for linear in Decoder(model).linears:
+        expected = linear.matrix(masks[linear.parameter_name])
+        assert torch.equal(mask_of(masks, linear), expected)
+        assert masks.kept(linear.parameter_name, linear.expert) == int(expected.count_nonzero())
+    assert mask_of(hf_prune.Masks(), linear) is None
 
 
 def test_a_share_leaves_a_multiple():

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_prune import PruningReport
+from hf_prune.model_card import render
+
 
 FOLDER = Path(__file__).parent.parent / "model_cards"
 CARDS = sorted(FOLDER.glob("*.md"))
@@ -67,3 +70,29 @@ def test_cards_are_rendered_by_this_code(path):
     assert path.read_text(encoding="utf-8") == make.card(json.loads(path.with_suffix(".json").read_text()))
     data = ModelCard.load(path).data
     assert data.base_model == make.BASE and data.license == "apache-2.0" and data.eval_results
+
+
+@pytest.mark.parametrize(
+    "architecture, task, loader",
+    [
+        ("LlamaForCausalLM", "text-generation", "AutoModelForCausalLM"),
+        ("GPT2LMHeadModel", "text-generation", "AutoModelForCausalLM"),
+        ("XForCausalLM", "text-generation", "AutoModelForCausalLM"),
+        ("LlamaForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("Qwen2ForTokenClassification", "token-classification", "AutoModelForTokenClassification"),
+        ("LlamaForQuestionAnswering", "question-answering", "AutoModelForQuestionAnswering"),
+        ("LlavaForConditionalGeneration", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("Gemma3ForConditionalGeneration", "image-text-to-text", "AutoModelForImageTextToText"),
+        ("GPT2DoubleHeadsModel", None, "GPT2DoubleHeadsModel"),
+    ],
+)
+def test_a_card_is_of_the_class_that_is_saved(architecture, task, loader):
+    config = {"method": "magnitude", "pattern": "2:4", "sparsity": None}
+    report, sizes = PruningReport(config, "LlamaForCausalLM"), {"pruning/masks.safetensors": 1}
+    card = ModelCard(render(report, sizes, architecture=architecture))
+    assert card.data.pipeline_tag == task and f"# {architecture}, pruned to 2:4" in card.text
+    assert f"`{loader}.from_pretrained` loads it as well" in card.text
+    assert "model = AutoModelForCausalLM.from_pretrained('the dense model')" in card.text  # which was pruned
+    assert f"model = {loader}.from_pretrained" in render(PruningReport(config, architecture), sizes)
+    kept = render(report, sizes, "---\npipeline_tag: summarization\n---\n", architecture=architecture)
+    assert ModelCard(kept).data.pipeline_tag == "summarization"

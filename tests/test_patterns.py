@@ -10,6 +10,7 @@ from hf_prune.patterns import (
     Unstructured,
     check_flag,
     check_number,
+    kept_by_group,
     lowest,
     lowest_by_row,
     lowest_of_all,
@@ -38,6 +39,19 @@ def test_nm_keeps_n(n, m):
     assert torch.equal(mask, keep_highest(scores, NM(n, m), "row"))
     assert (mask.view(-1, m).sum(1) == n).all()
     assert NM(n, m).violations(mask) == 0
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 8, 16, 255, 256, 300])
+def test_kept_by_group_is_the_plain_sum(m):
+    whole = torch.rand(4 * m, 4 * m + 3) < torch.linspace(0, 1, 4 * m)[:, None]
+    whole[0], whole[-1] = False, True
+    flat, misaligned = whole.view(-1), torch.from_numpy(whole.numpy().reshape(-1)[3 : 3 + 8 * m])
+    views = [whole[:, 3:], whole.t(), whole[::2, 1 : 1 + m], flat[1 : 1 + 4 * m], flat[2 : 2 + 4 * m], misaligned]
+    for mask in [*views, torch.stack([whole, ~whole]).transpose(1, 2), whole[:0]]:
+        expected = mask.reshape(-1, m).sum(1)
+        assert torch.equal(kept_by_group(mask, m).long(), expected)
+        for n in {1, m // 2, m - 1} - {0, m}:
+            assert NM(n, m).violations(mask) == int((expected > n).sum())
 
 
 def test_each_row_with_its_own_count():

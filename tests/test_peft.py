@@ -10,7 +10,7 @@ import torch
 from conftest import ids_for, make, same, snapshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_prune import KeepMasksCallback, PruningConfig
+from hf_prune import KeepMasksCallback, PERPCallback, PruningConfig
 
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -282,3 +282,63 @@ def test_other_adapters_that_keep_zeros(kind):
     refuse_densifying_merge(adapted, masks)
     merged = adapted.merge_and_unload()
     assert close(logits(merged), with_adapter) and not masks.violations(merged)
+
+
+def test_saving_while_peft_wraps_forgets_no_masks(tmp_path, caplog):
+    for model in (pruned(), wrapped_when_loaded(tmp_path / "base")):
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"]))
+        model.save_pretrained(tmp_path / "wrapped")
+        assert "q_proj is wrapped by PEFT. The model keeps its masks" in caplog.text and "unload()" in caplog.text
+        with pytest.raises(ValueError, match="compact.*wrapped by PEFT"):
+            model.save_pretrained(tmp_path / "compact", compact=True)
+        caplog.clear()
+        assert adapted.unload() is model and not model.pruning_masks.violations(model)
+        model.save_pretrained(tmp_path / "out")
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").pruning_masks
+
+
+def wrapped_when_loaded(folder):
+    pruned().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_masks_are_forgotten_where_weights_are_not_zero(tmp_path):
+    model = pruned()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    shake(adapted)
+    adapted.merge_and_unload()
+    model.save_pretrained(tmp_path)
+    assert model.pruning_masks is None
+
+
+def test_layers_that_transformers_leaves_wrapped(tmp_path):
+    """The way out that the messages name."""
+    model, how = pruned(), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    before = snapshot(model)
+    model.add_adapter(how)
+    way = r"delete_adapter\(name\): then peft.get_peft_model\(model, config\).unload\(\)"
+    with pytest.raises(ValueError, match=way):
+        model.prune(PruningConfig("magnitude", pattern="1:4"))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match=way):
+        model.save_pretrained(tmp_path, compact=True)
+    model.save_pretrained(tmp_path / "wrapped")
+    assert peft.get_peft_model(model, how).unload() is model and same(model, before)
+    model.save_pretrained(tmp_path, compact=True)
+    assert model.prune(PruningConfig("magnitude", pattern="1:4")).sparsity == 0.75
+
+
+def test_perp_makes_its_own_adapters(tmp_path):
+    how = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    args = TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    data = [{"input_ids": ids, "labels": ids} for ids in ids_for(8)]
+    with pytest.raises(ValueError, match="peft_config=.*KeepMasksCallback"):
+        Trainer(peft.get_peft_model(pruned(), how), args, train_dataset=data, callbacks=[PERPCallback()])
+    model = pruned()
+    before = snapshot(model)
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[perp := PERPCallback()])
+    adapted = peft.get_peft_model(model, how)
+    with pytest.raises(ValueError, match="PEFT has wrapped layers"):
+        trainer.train()
+    perp.detach()
+    assert same(adapted.unload(), before)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import FAMILIES, ids_for, in_two_processes, make, same, snapshot
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import hf_prune
 from hf_prune import Distillation, EfficientLLMCallback, KeepMasksCallback, Masks, PERPCallback, PruningConfig, Reconstruction
@@ -858,3 +858,35 @@ def test_card_says_how_it_was_trained(tmp_path):
     for section in (card, card.split("Make it again")[1]):
         assert "hf_prune.PERPCallback(train=('mask_lora', 'norm'), rank=4" in section and "'weight': 0.5" in section
         assert "hf_prune.KeepMasksCallback(), 2 steps" in section
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["mask_lora", "scale_lora", "full"])
+def test_another_default_dtype_changes_nothing(kind, default_dtype, tmp_path):
+    found = []
+    for dtype in torch.float32, torch.bfloat16:
+        default_dtype(torch.float32)
+        model, dense = pruned(), make("llama")
+        default_dtype(dtype)
+        train(model, tmp_path / str(dtype), PERPCallback(kind, distillation=Distillation(dense, cache=tmp_path / "cache")))
+        hf_prune.reconstruct(model, dense, ids_for(), how=Reconstruction(train=kind, batch_tokens=48, epochs=1), n_samples=6)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        found.append(model)
+    assert same(found[1], snapshot(found[0]))
+
+
+def test_a_classifier_keeps_its_masks_without_perp(tmp_path):
+    pruned().save_pretrained(tmp_path / "pruned")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned", num_labels=2)
+    masks, before = model.pruning_masks, snapshot(model)
+    rows = [{"input_ids": row["input_ids"], "labels": 1} for row in DATA]
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is none: KeepMasksCallback"):
+        Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, callbacks=[PERPCallback()])
+    assert same(model, before)
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, callbacks=[KeepMasksCallback()]).train()
+    assert holds(model, masks) and not same(model, before)

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ids_for, make, same, snapshot
+from test_cli import with_own_code
 
+import hf_prune
 from hf_prune import GBLM, PruningConfig, pruning
 
 
@@ -164,3 +167,18 @@ def test_the_size_of_a_batch_that_did_not_fit_is_forgotten(tmp_path, monkeypatch
     monkeypatch.setattr(pruning, "_batch_tokens", lambda *args: 48)
     model().prune(PruningConfig(**CONFIG), ids_for(), resume_dir=tmp_path)
     assert sizes == [144, 48]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="from disk to disk needs transformers 5")
+def test_a_model_with_its_own_code(tmp_path, monkeypatch):
+    src, config = with_own_code(tmp_path / "src"), PruningConfig(**CONFIG)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        hf_prune.prune_checkpoint(src, tmp_path / "out", config, ids_for())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 1)
+        hf_prune.prune_checkpoint(src, tmp_path / "out", config, ids_for(), trust_remote_code=True)
+    hf_prune.prune_checkpoint(src, tmp_path / "out", config, ids_for(), trust_remote_code=True)
+    expected = make("llama")
+    expected.prune(config, ids_for())
+    again = hf_prune.load(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "XForCausalLM" and same(again, snapshot(expected))

@@ -1,7 +1,10 @@
 import errno
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,10 +12,11 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import ids_for, make, same, snapshot
-from transformers import AutoModelForCausalLM
+from test_cli import llava
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_prune
-from hf_prune import Masks, Perplexity, PruningConfig, atomic, perplexity
+from hf_prune import Masks, Perplexity, PruningConfig, atomic, perplexity, serialization
 from hf_prune.cli import main
 
 
@@ -477,3 +481,82 @@ def test_the_card_names_what_came_before(tmp_path, llama):
         in card
     )
     assert "given, of 14 parameters" in card and hf_prune.load(tmp_path).pruning_report.earlier
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_classifier_made_from_a_pruned_model(tmp_path, compact):
+    pruned(pattern="2:4").save_pretrained(tmp_path / "pruned")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned", num_labels=3).eval()
+    model.save_pretrained(tmp_path / "out", compact=compact)
+    again = hf_prune.load(tmp_path / "out")
+    assert type(again) is type(model) and same(again, snapshot(model)) and len(again.pruning_masks) == 14
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "# LlamaForSequenceClassification, pruned to 2:4" in card
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_model_that_sees(tmp_path, compact):
+    model = llava()
+    model.prune(PruningConfig("magnitude", pattern="2:4"))
+    model.save_pretrained(tmp_path, compact=compact)
+    again = hf_prune.load(tmp_path)
+    assert type(again) is type(model) and same(again, snapshot(model)) and len(again.pruning_masks) == 14
+    assert "pipeline_tag: image-text-to-text" in (tmp_path / "README.md").read_text()
+
+
+def test_the_class_of_a_body(tmp_path):
+    for tied, kind in ((True, transformers.LlamaForCausalLM), (False, transformers.LlamaModel)):
+        model = make("llama", tie_word_embeddings=tied)
+        model.model.save_pretrained(tmp_path / str(tied))
+        again = hf_prune.load(tmp_path / str(tied))
+        assert type(again) is kind and torch.equal(again.get_input_embeddings().weight, model.model.embed_tokens.weight)
+
+
+def test_shards_are_hashed_by_several_threads(tmp_path, monkeypatch):
+    digest, together = serialization._digest, threading.Barrier(2)
+
+    def waiting(path):
+        if path.name.startswith(("model-00001", "model-00002")):
+            together.wait(20)
+        return digest(path)
+
+    monkeypatch.setattr(serialization, "_THREADS", 2)
+    monkeypatch.setattr(serialization, "_digest", waiting)
+    model = pruned()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    files = json.loads((tmp_path / "pruning" / "pruning_config.json").read_text())["files"]
+    assert files == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files}
+    assert same(hf_prune.load(tmp_path), snapshot(model))
+
+
+def test_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model, writer = make("llama"), gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    config = model.config
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    for name, value in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        if stem.endswith(("q_proj", "k_proj")):  # the order of rows in llama.cpp
+            heads = 4 if stem.endswith("q_proj") else 2
+            value = value.view(heads, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = hf_prune.load(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    assert same(again, snapshot(model)) and again.pruning_masks is None
+    with pytest.raises(ValueError, match="on_mismatch"):
+        hf_prune.load(tmp_path, gguf_file="model.gguf", on_mismatch="x")
+    command = ["prune", str(tmp_path), str(tmp_path / "out"), "--method", "magnitude", "--gguf-file", "model.gguf"]
+    assert main(command) == 0 and hf_prune.load(tmp_path / "out").pruning_masks.sparsity() == 0.5
+    assert hf_prune.advise(tmp_path, gguf_file="model.gguf").parameters == model.num_parameters()

@@ -70,6 +70,17 @@ def test_text_is_cut_by_the_tokenizer(tokenizer):
     assert {tuple(row[:2]) for row in rows.tolist()} <= pairs
 
 
+def test_a_processor_stands_for_its_tokenizer(tokenizer):
+    model, texts = make("llama"), ["17 23 9 40 41 42 43 44", "100 99 98 97 96 95 94"]
+    processor = type("Processor", (), {"tokenizer": tokenizer, "__call__": lambda self, images=None, text=None: {}})()
+    assert torch.equal(written(model, texts, processor), written(model, texts, tokenizer))
+    model.generation_config.bos_token_id = model.config.bos_token_id = None
+    assert (written(model, tokenizer=processor)[:, 0] == tokenizer.bos_token_id).all()
+    for prompts in (texts, None):
+        with pytest.raises(TypeError, match="from_pretrained gives; got a LlamaForCausalLM"):
+            written(model, prompts, model)
+
+
 def test_the_whole_distribution_is_sampled():
     model = make("llama")
     ends = 3

@@ -180,6 +180,25 @@ def test_one_block_at_a_time(tmp_path, monkeypatch):
     assert seen == [(i, {str(i)}) for i in range(5)] + [(None, set())]
 
 
+def test_a_shard_is_made_of_its_own_part(tmp_path, monkeypatch):
+    src, inside, states = saved(tmp_path / "src", num_hidden_layers=5), [], []
+    write, state_dict = checkpoint.Checkpoint.write, torch.nn.Module.state_dict
+
+    def writing(self, part):
+        inside.append(part)
+        write(self, part)
+        inside.clear()
+
+    def state_of_all(self, *args, **kwargs):
+        states.extend(inside)
+        return state_dict(self, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "write", writing)
+    monkeypatch.setattr(torch.nn.Module, "state_dict", state_of_all)
+    prune_checkpoint(src, tmp_path / "dst", PruningConfig("magnitude"))
+    assert not states and not inside
+
+
 class Stopped(Exception):
     pass
 
@@ -381,6 +400,13 @@ def test_bad_arguments(tmp_path):
         prune_checkpoint(src, tmp_path / "dst", "wanda", ids_for())
     with pytest.raises(ValueError, match="device 'cuda:99' is not here .*: give 'cpu'"):
         prune_checkpoint(src, tmp_path / "dst", PruningConfig(**SMALL), ids_for(), device="cuda:99")
+    for options, words in [
+        ({"device": "meta"}, "device 'meta' is not here"),
+        ({"store": "nowhere"}, "store 'nowhere' is not here .* or 'disk'"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch must be a whole number"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            prune_checkpoint(src, tmp_path / "dst", PruningConfig(**SMALL), ids_for(), **options)
     assert list(tmp_path.glob("*.unfinished")) == [tmp_path / "other.unfinished"]
 
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ids_for, in_two_processes, make, snapshot
+from conftest import FAMILIES, ids_for, in_two_processes, make, same, snapshot
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_prune
@@ -36,6 +36,7 @@ INEXACT = {
     ("gemma3", "hidden"): 1e-4,
 }
 DATA = [{"input_ids": ids, "labels": ids} for ids in ids_for(32, 16)]
+TAYLOR = hf_prune.PruningConfig("taylor", pattern="ffn:0.4", n_samples=6, sequence_length=24)
 
 
 def doubled(family, **changes):
@@ -314,7 +315,7 @@ def test_an_untied_head_makes_up_for_the_width_that_goes():
         (axis,) = groups.of("hidden")
         assert ("lm_head" in [linear.name for linear, _ in axis.inputs]) is not tied
         read = []
-        model.lm_head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, 1)))
+        model.lm_head.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0].detach().flatten(0, 1)))
         listening = Compensation(groups, ("hidden",), decay=0.0)
         model(input_ids=ids)
         weight, gone = model.lm_head.weight.detach().clone(), torch.arange(8)
@@ -568,3 +569,35 @@ def test_one_shot_refuses(llama):
     llama.prune(hf_prune.PruningConfig("magnitude"))
     with pytest.raises(ValueError, match="masks"):
         llama.prune(config(parameters=0.5), ids_for())
+
+
+def test_the_report_of_structured_pruning_is_on_the_model():
+    model = make("llama")
+    assert model.pruning_report is None
+    shrunk = model.prune(TAYLOR, ids_for())
+    assert model.pruning_report is shrunk and shrunk.structure and model.pruning_masks is None
+    masked = model.prune(hf_prune.PruningConfig("magnitude", pattern="2:4"))
+    assert model.pruning_report is masked and len(masked.earlier) == 1
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+def test_another_default_dtype_changes_nothing(default_dtype):
+    found = []
+    for dtype in torch.float32, torch.bfloat16:
+        default_dtype(torch.float32)
+        model = make("llama")
+        default_dtype(dtype)
+        saliency = Saliency(groups_of(model))
+        model(input_ids=ids_for(), labels=ids_for()).loss.backward()
+        saliency.update()
+        again = Saliency(saliency.groups)
+        again.restore(saliency.state())
+        assert all(torch.equal(again.values[axis], value) for axis, value in saliency.values.items())
+        model.prune(TAYLOR, ids_for())
+        found.append(model)
+    assert same(found[1], snapshot(found[0])) and found[1].config.intermediate_size == 40

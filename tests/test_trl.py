@@ -5,6 +5,7 @@ import torch
 from conftest import ids_for, make, snapshot
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
@@ -50,6 +51,15 @@ def test_a_push_keeps_our_section_of_the_card(hub, tokenizer, tmp_path):
     card = hub.files("tester/sft")["README.md"].decode()
     assert "hf_prune:begin" in card and {"2:4", "trl"} <= set(ModelCard(card).data.tags)
     assert hf_prune.load("tester/sft").pruning_masks
+
+
+def test_an_adapter_of_peft_is_not_perps(tokenizer, tmp_path):
+    model = make("llama")
+    model.prune(PruningConfig("magnitude", pattern="2:4"))
+    arguments = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    rest = {"train_dataset": DATA, "processing_class": tokenizer, "callbacks": [PERPCallback()]}
+    with pytest.raises(ValueError, match="leave out peft_config=.*KeepMasksCallback"):
+        SFTTrainer(model, arguments, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), **rest)
 
 
 def test_shrinks(tokenizer, tmp_path):

@@ -80,13 +80,13 @@ class SparseGPT(Method):
         step = min(n, -(-self.block_size // (choice.columns or 1)) * (choice.columns or 1))
         kernel = _slab_kernel(w.device, step)
         error = torch.empty_like(w)  # original minus new weight, of the columns that are done
-        slab, gone = (torch.empty(step, rows, device=w.device) for _ in range(2))
-        decay = torch.zeros(step, step, device=w.device)  # [j, i]: what column j takes over of a change of column i
+        slab, gone = w.new_empty(2, step, rows)
+        decay = w.new_zeros(step, step)  # [j, i]: what column j takes over of a change of column i
         walk = None if kernel else _Walk(slab, gone, decay, choice)
         for a in range(0, n, step):
             size = min(step, n - a)
             b = a + size
-            block, unit = feedback[a:b, a:b], torch.eye(size, device=w.device)
+            block, unit = feedback[a:b, a:b], torch.eye(size, dtype=w.dtype, device=w.device)
             decay[:size, :size] = torch.linalg.solve_triangular(block, unit, upper=True, unitriangular=True).t()
             slab[:size] = w[a:b]
             if a:
@@ -116,7 +116,8 @@ def _kernel_on(device: torch.device) -> ModuleType | None:
     try:
         from . import slab_kernel
 
-        slab_kernel.solve_slab(*(torch.zeros(shape, device=device) for shape in ((4, 1), (4, 4), (4, 1), (4,))), nm=(2, 4))
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device)
+        slab_kernel.solve_slab(zeros(4, 1), zeros(4, 4), zeros(4, 1), zeros(4), nm=(2, 4))
         return slab_kernel
     except Exception as error:  # no Triton, no C compiler for its launchers, an old GPU, ...
         told = f"the kernel of SparseGPT does not run on {device}, which makes it slower: {first_line(error)}"

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..patterns import first_line
 from ..report import by_reason, table
+from ..serialization import check_causal, skeleton_of
 
 
 ROWS = (1, 16, 512)  # decoding, a small batch, a prompt
@@ -111,6 +112,7 @@ def advise(
     *,
     dtype: torch.dtype | str = "auto",
     gguf_file: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Advice:
     """What 2:4, unstructured and structured pruning would gain for `model` on this machine; `print` it.
 
@@ -119,6 +121,7 @@ def advise(
         device: "cpu" or "cuda"; default is "cuda" where there is one.
         dtype: of the weights, as torch.bfloat16 or "bfloat16"; "auto" is the model's own.
         gguf_file: name of a GGUF file in the folder that is to be read instead of config.json.
+        trust_remote_code: run the Python code that the folder brings for its model.
 
     Raises:
         TypeError, ValueError: no causal language model, or a device that is not here.
@@ -130,7 +133,7 @@ def advise(
     kind = str(dtype).removeprefix("torch.")
     if kind not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {kind!r}.")
-    model, device = _skeleton(model, gguf_file), torch.device(device)
+    model, device = _skeleton(model, gguf_file, trust_remote_code), torch.device(device)
     dtype = model.dtype if kind == "auto" else getattr(torch, kind)
     shapes = _shapes_of(model, dtype)
     speed, not_measured = _measure(shapes, device, dtype)
@@ -146,26 +149,27 @@ def advise(
     return advice
 
 
-def _skeleton(model: Any, gguf_file: str | None) -> PreTrainedModel:
+def _skeleton(model: Any, gguf_file: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The model, on the meta device if it was only named."""
     if isinstance(model, PreTrainedModel):
         return model
+    name = "the config"
     if isinstance(model, (str, Path)):
+        name = str(model)
         try:
-            model = AutoConfig.from_pretrained(model, **({"gguf_file": gguf_file} if gguf_file else {}))
+            files = {"gguf_file": gguf_file} if gguf_file else {}
+            model = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **files)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{str(model)!r} is no folder or Hub name of a model: {first_line(error)}") from error
+            if "trust_remote_code" in str(error):
+                raise
+            raise ValueError(f"{name!r} is no folder or Hub name of a model: {first_line(error)}") from error
     if not isinstance(model, PretrainedConfig):
         raise TypeError(
             f"advise takes a model of Transformers, its config, or a folder or Hub name, got a {type(model).__name__}."
         )
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{type(model).__name__} is the config of no causal language model that Transformers knows."
-        ) from error
+    check_causal(model, name)
+    with torch.device("meta"):
+        return skeleton_of(model, trust_remote_code)
 
 
 def _shapes_of(model: PreTrainedModel, dtype: torch.dtype) -> list[Shape]:

@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ..blocks import Decoder, Linear
 from ..masks import Masks
 from ..patterns import NM, parse
+from ..sequential import mask_of
 
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
@@ -96,7 +97,7 @@ def _compare(path: Path, format: str, linears: dict[str, Linear], masks: Masks) 
                 continue
             row, at, count, distance = _place(here, there)
             if distance < found.get((name, row), (LIKENESS,))[0]:
-                kept = linear.matrix(masks[linear.parameter_name]).numpy()[row : row + count]
+                kept = mask_of(masks, linear).numpy()[row : row + count]
                 pattern = masks.patterns.get(linear.parameter_name, "")
                 counts = _counts(matrix.values[at : at + count] != 0, kept, pattern)
                 one = Found(name, (row, row + count), path.name, matrix.name, at, matrix.stored, pattern, *counts)
@@ -107,7 +108,7 @@ def _compare(path: Path, format: str, linears: dict[str, Linear], masks: Masks) 
 def _counts(filled: ndarray, kept: ndarray, pattern: str) -> tuple[int, int, int | None]:
     nm = parse(pattern) if pattern and ", " not in pattern else None  # which expert has which of several is not known
     off = nm.violations(torch.from_numpy(filled)) if isinstance(nm, NM) else None
-    return int((~kept).sum()), int((filled & ~kept).sum()), off
+    return kept.size - int(numpy.count_nonzero(kept)), int(numpy.count_nonzero(filled & ~kept)), off
 
 
 def _sketch(weight: ndarray) -> ndarray:

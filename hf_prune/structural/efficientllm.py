@@ -100,7 +100,7 @@ class Saliency:
             ValueError: it is of another shape.
         """
         by_place = {(axis.kind, axis.block): axis for axes in self.groups.axes.values() for axis in axes}
-        values = {by_place[kind, block]: torch.tensor(found) for kind, block, found in state["values"]}
+        values = {by_place[kind, block]: torch.tensor(found, dtype=torch.float32) for kind, block, found in state["values"]}
         if wrong := next((axis for axis, found in values.items() if len(found) != axis.count), None):
             raise ValueError(f"the saliency is of {len(values[wrong])} {wrong.kind}, but the model has {wrong.count}.")
         self.weight, self.values = state["weight"], values
