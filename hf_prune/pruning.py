@@ -233,8 +233,8 @@ def check_model(model: nn.Module, elsewhere: bool = False) -> None:
         raise ValueError(f"{type(model).__name__} has an encoder too: give a causal language model, with a decoder only.")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} is no causal language model: prune the one that it was made from, and load what comes "
-            "out with this class, to train it under the masks."
+            f"{type(model).__name__} is no causal language model: load it with AutoModelForCausalLM. A classifier is made of the "
+            "folder of a pruned model, with its own class, and trained under the masks."
         )
     if name := wrapped_by_peft(model):
         raise ValueError(f"{name} is wrapped by PEFT, which would hide the pruned weight: {UNWRAP}.")

@@ -15,6 +15,7 @@ from .calibration import batches_of
 from .checkpoint import check_finite
 from .config import PruningConfig
 from .journal import fingerprint
+from .patterns import check_count
 from .pruning import check_model, count_peak, facts_of, identity_of, sequences_for
 from .ranks import Ranks
 from .report import PruningReport
@@ -45,6 +46,8 @@ def shrink_model(
         ValueError, TypeError: what cannot be done as asked; the model has not changed then.
     """
     started = time.perf_counter()
+    if tokens_per_batch is not None:
+        check_count("tokens_per_batch", tokens_per_batch)
     check_model(model)
     peak = count_peak(model.device)
     method, pattern = config.method, config.pattern

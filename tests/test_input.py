@@ -213,7 +213,8 @@ def test_models_that_are_no_causal_lm():
     tiny = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     refuses(BertForSequenceClassification(BertConfig(**tiny)), "no causal language model")
     refuses(
-        T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), "no causal"
+        T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        "an encoder too",
     )
     refuses(make("llama").model, "AutoModelForCausalLM")
 

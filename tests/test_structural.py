@@ -563,6 +563,8 @@ def test_one_shot_refuses(llama):
             llama.prune(config(pattern="hidden:0.1", method_options={"together": {"hidden": 1}}), ids_for())
     with pytest.raises(ValueError, match="resume_dir"):
         llama.prune(config(parameters=0.5), ids_for(), resume_dir="journal")
+    with pytest.raises(ValueError, match="tokens_per_batch must be a whole number"):
+        llama.prune(config(parameters=0.5), ids_for(), tokens_per_batch=0)
     with pytest.raises(ValueError, match="calibration"):
         llama.prune(config(parameters=0.5))
     assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
