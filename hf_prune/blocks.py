@@ -564,7 +564,7 @@ def _made_anew(name: str, module: nn.Module) -> str | None:
             f"{name} carries a mask of torch.nn.utils.prune, which makes its weight anew in every forward pass: make the mask "
             "permanent first, with torch.nn.utils.prune.remove(module, 'weight')."
         )
-    return "its weight is made of other parameters in every forward pass"
+    return "its weight is no parameter: it is made anew in every forward pass, or a buffer"
 
 
 def _router(block: nn.Module, path: str) -> str | None:

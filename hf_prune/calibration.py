@@ -56,7 +56,8 @@ def calibration_sequences(
     arXiv 2306.11695). Ids are taken as they are, without padding, the first `n_samples` of them; with "paper" a random window of
     each that is longer.
 
-    A processor stands for its tokenizer. Of an example with columns "text", "content", "messages" or "conversations" counts, or else the only one that is a string.
+    A processor stands for its tokenizer. Of an example with columns "text", "content", "messages" or "conversations" counts, or
+    else the only one that is a string.
 
     Raises:
         ValueError: too little text, ids outside the vocabulary, an empty or unknown source; says how much there was.

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -53,6 +54,9 @@ class Masks(MutableMapping[str, Tensor]):
         self._packed[name] = packed, shape
         self._known[name] = shape, _count(packed)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {"_known": {}, **state}  # a pickle of before has none
+
     def __getitem__(self, name: str) -> Tensor:
         return self.of(name)
 
@@ -86,7 +90,7 @@ class Masks(MutableMapping[str, Tensor]):
         return found
 
     def packed(self, name: str) -> numpy.ndarray:
-        """The bits of one mask, uint8 (..., ceil(in / 8)), the first weight in the lowest bit; not a copy."""
+        """The bits of one mask, uint8 (..., ceil(in / 8)), the first weight in the lowest bit; not a copy, and not to be changed."""
         return self._packed[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -381,7 +381,7 @@ def _state_to_save(
     model: PreTrainedModel, compact: bool, variant: str | None = None, values: Mapping[str, torch.Tensor] = {}
 ) -> PruningState | None:
     """The state, if it is true of the weights, or of the `values` that are saved as such; a model that was changed after pruning
-    saves without masks, and is told so. It forgets them where pruned weights are no longer zero.
+    saves without masks, and is told so, and forgets them.
 
     With an adapter it is the adapter that is saved, without masks; the model keeps them, as it does while PEFT wraps its layers.
 
@@ -411,12 +411,9 @@ def _checked(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> tupl
         return None, f"{name} is wrapped by PEFT. The model keeps its masks; before it is saved, {UNWRAP}", False
     try:
         state = _settled(model)
+        return state, _changed(model, state, values) if state else "", True
     except ValueError as error:
         return None, str(error), True
-    try:
-        return state, _changed(model, state, values) if state else "", True
-    except ValueError as error:  # no parameter of that name
-        return None, str(error), False
 
 
 def _changed(model: PreTrainedModel, state: PruningState, values: Mapping[str, torch.Tensor] = {}) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.models.auto import modeling_auto
@@ -132,12 +133,13 @@ def _architecture(folder: Path) -> str | None:
 
 
 def _task(architecture: str) -> str | None:
-    """Its pipeline tag, if it is one of `_TASKS`."""
+    """Its pipeline tag, if it is one of `_TASKS`; remote code, which Transformers has not, is taken for a causal language model."""
     if architecture in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         return "image-text-to-text"
     if architecture in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "text-generation"
-    return next((task for task, auto in _TASKS.items() if architecture.endswith(auto.removeprefix("AutoModel"))), None)
+    found = next((task for task, auto in _TASKS.items() if architecture.endswith(auto.removeprefix("AutoModel"))), None)
+    return found or (None if hasattr(transformers, architecture) else "text-generation")
 
 
 def _loader(architecture: str) -> str:

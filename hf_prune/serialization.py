@@ -7,13 +7,14 @@ or by `load`, which also checks the weight files against the digests that were s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,15 +139,15 @@ class PruningState:
         target.mkdir(parents=True, exist_ok=True)
         weights = [path for path in Path(folder).iterdir() if path.is_file() and is_weight_file(path.name)]
         weights = sorted([*weights, *target.glob("values-*.safetensors")])
-        with ThreadPoolExecutor(_THREADS) as pool:
-            digests = pool.map(_digest, weights)  # while the masks are written
+        with _digests(weights) as digests:  # while the masks are written
             digest = self.masks.save(target)
+            found = dict(zip([path.relative_to(folder).as_posix() for path in weights], digests))
         files: dict[str, str] = {}
         for known in before:
             if known and known["masks"] == digest:
                 gone = replaced_variants(variant, known)
                 files.update({name: old for name, old in known["files"].items() if variant_of(name) not in gone})
-        files.update(zip([path.relative_to(folder).as_posix() for path in weights], digests))
+        files.update(found)
         content = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
@@ -196,11 +197,11 @@ class PruningState:
             if not path.is_file():
                 raise ValueError(f"{path} is missing: this model was saved with {len(self.files)} weight files.")
             check_inside(path, folder)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            digests = pool.map(_digest, paths.values())
-        for (name, path), digest in zip(paths.items(), digests):
-            if digest != self.files[name]:
-                raise ValueError(f"{path} is damaged or was changed: it is not the file that was saved with the masks.")
+        with _digests(list(paths.values())) as digests:
+            for (name, path), digest in zip(paths.items(), digests):
+                if digest != self.files[name]:
+                    raise ValueError(f"{path} is damaged or was changed: it is not the file that was saved with the masks.")
+        for name, path in paths.items():
             if name.endswith(".json"):
                 named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
                 if wrong := sorted(named - {*self.files, SIGN}):
@@ -281,12 +282,17 @@ def class_of(config: PretrainedConfig) -> type:
     It is that which `architectures` names, such as a classifier or a model that sees; AutoModelForCausalLM where that makes the
     same, or all that the folder lacks is a head tied to the embedding, or Transformers has no such class, as of remote code.
     """
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    architecture = (config.architectures or [""])[0]
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    named = getattr(transformers, architecture, None)
+    if isinstance(remote, str) and remote.rpartition(".")[2] == architecture:
+        return AutoModelForCausalLM
     if not (isinstance(named, type) and issubclass(named, PreTrainedModel) and isinstance(config, named.config_class or ())):
         return AutoModelForCausalLM
     causal, body = (mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING))
     complete = causal and named is body and getattr(config, "tie_word_embeddings", False)
-    return AutoModelForCausalLM if named is causal or complete else named
+    registered = isinstance(causal, type) and issubclass(causal, named)  # in its place, or the same
+    return AutoModelForCausalLM if registered or complete else named
 
 
 def skeleton_of(config: PretrainedConfig, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -458,6 +464,16 @@ def copy_entry(entry: Path, folder: Path) -> None:
         shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
     else:
         shutil.copyfile(entry, folder / entry.name)
+
+
+@contextlib.contextmanager
+def _digests(paths: list[Path]) -> Iterator[Iterator[str]]:
+    """Within, the digests of files, in order, which several threads compute; those that were not begun are left when it ends."""
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        yield pool.map(_digest, paths)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _digest(path: Path) -> str:

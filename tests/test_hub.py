@@ -435,13 +435,3 @@ def test_a_model_that_never_had_the_pruned_weights(tmp_path):
     answering = AutoModelForQuestionAnswering.from_pretrained(tmp_path)  # names its body "transformer"
     with pytest.raises(ValueError, match=r"names its weights transformer\.\*.*`del model.pruning_masks`"):
         answering.pruning_masks  # noqa: B018
-
-
-def test_masks_that_fit_no_more_are_kept(tmp_path, caplog):
-    model = pruned()
-    masks, last = model.pruning_masks, model.model.layers[1]
-    del model.model.layers[1]
-    model.save_pretrained(tmp_path)
-    assert "do not belong to this model" in caplog.text and not (tmp_path / "pruning").exists()
-    model.model.layers.append(last)
-    assert model.pruning_masks is masks

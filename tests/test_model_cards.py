@@ -84,6 +84,7 @@ def test_cards_are_rendered_by_this_code(path):
         ("LlavaForConditionalGeneration", "image-text-to-text", "AutoModelForImageTextToText"),
         ("Gemma3ForConditionalGeneration", "image-text-to-text", "AutoModelForImageTextToText"),
         ("GPT2DoubleHeadsModel", None, "GPT2DoubleHeadsModel"),
+        ("OfRemoteCodeLMHeadModel", "text-generation", "AutoModelForCausalLM"),
     ],
 )
 def test_a_card_is_of_the_class_that_is_saved(architecture, task, loader):

@@ -513,6 +513,54 @@ def test_the_class_of_a_body(tmp_path):
         assert type(again) is kind and torch.equal(again.get_input_embeddings().weight, model.model.embed_tokens.weight)
 
 
+def test_remote_and_registered_classes_of_a_known_name(monkeypatch):
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    own = type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {})
+    assert serialization.class_of(config) is AutoModelForCausalLM
+    monkeypatch.setattr(serialization, "MODEL_FOR_CAUSAL_LM_MAPPING", {transformers.LlamaConfig: own})
+    assert serialization.class_of(config) is AutoModelForCausalLM  # which makes the registered one
+    monkeypatch.setattr(serialization, "MODEL_FOR_CAUSAL_LM_MAPPING", {})
+    assert serialization.class_of(config) is transformers.LlamaForCausalLM
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}
+    assert serialization.class_of(config) is AutoModelForCausalLM
+
+
+def test_an_interrupted_save_hashes_no_more_files(tmp_path, monkeypatch):
+    hashed, begun = [], threading.Event()
+
+    def slow(path):
+        hashed.append(path)
+        begun.wait(20)
+
+    def interrupted(self, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serialization, "_THREADS", 1)
+    monkeypatch.setattr(serialization, "_digest", slow)
+    monkeypatch.setattr(Masks, "save", interrupted)
+    threading.Timer(0.5, begun.set).start()
+    with pytest.raises(KeyboardInterrupt):
+        pruned().save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(hashed) <= 2 and not list(tmp_path.iterdir())
+
+
+def test_a_model_that_lost_a_layer_is_pruned_again(tmp_path):
+    model = pruned()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path)
+    model.prune(PruningConfig("magnitude", pattern="2:4"))
+    assert len(model.pruning_masks) == 7
+
+
+def test_masks_of_an_older_pickle():
+    masks = Masks({"a": torch.ones(2, 8, dtype=torch.bool)})
+    state = {name: value for name, value in vars(masks).items() if name != "_known"}
+    old = Masks.__new__(Masks)
+    old.__setstate__(state)
+    assert old.kept("a") == 16 and old.shape("a") == (2, 8)
+
+
 def test_shards_are_hashed_by_several_threads(tmp_path, monkeypatch):
     digest, together = serialization._digest, threading.Barrier(2)
 

@@ -297,8 +297,9 @@ def test_one_shot_compensation_hears_all_tokens_alike(monkeypatch):
     assert heard[0] and all(torch.allclose(gram, heard[1][key], rtol=1e-4, atol=1e-6) for key, gram in heard[0].items())
 
 
-def test_compensation_does_not_hear_padding(llama):
-    grams, ids = [], ids_for(2, 24)
+@pytest.mark.parametrize("family", ["llama", "opt"])  # OPT's FFN sees a sequence of all tokens
+def test_compensation_does_not_hear_padding(family):
+    llama, grams, ids = make(family), [], ids_for(2, 24)
     for padding in (0, 7):
         listening = Compensation(groups_of(llama), ("ffn",), decay=0.0)
         padded = torch.nn.functional.pad(ids, (0, padding), value=1)

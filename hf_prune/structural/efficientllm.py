@@ -228,7 +228,8 @@ class Compensation:
     W_K <- W_K + W_Q (H_QK)(H_KK + damping)^-1, the least-squares refit of the reader on its kept inputs K, which is OBS'
     update for the removal of Q (EfficientLLM's variant B). H is a running mean of x x^T; removal cuts it like everything else.
 
-    Positions that the model is told not to attend to (`attention_mask` (batch, length) of its call) are not heard.
+    Positions that the model is told not to attend to (`attention_mask` (batch, length) of its last call with gradients) are not
+    heard.
 
     Args:
         decay: of the running mean over forward passes; None is the mean over all tokens.
@@ -247,7 +248,7 @@ class Compensation:
         self.decay, self.ranks = decay, ranks
         self.grams = {} if grams is None else grams
         self._of: dict[Axis, list[tuple[Linear, Member, str]]] = {}
-        self.handles, self._heard = [groups.decoder.model.register_forward_pre_hook(self._note, with_kwargs=True)], {}
+        self.handles, self._heard = [groups.decoder.model.register_forward_pre_hook(self._note(), with_kwargs=True)], {}
         self._attended: Tensor | None = None
         block_of = {linear.name: block.name for block in groups.decoder.blocks for linear in block.linears}
         first: dict[tuple, str] = {}  # linears that share an input share its Gram matrix
@@ -259,19 +260,24 @@ class Compensation:
                     if key == linear.name:
                         self.handles.append(linear.module.register_forward_pre_hook(self._listen(key)))
 
-    def _note(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        mask = kwargs.get("attention_mask")
-        self._attended = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    def _note(self):
+        def hook(model, args, kwargs):
+            if torch.is_grad_enabled():
+                mask = kwargs.get("attention_mask")
+                self._attended = mask.bool().flatten() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+        return hook
 
     def _listen(self, key: str):
         def hook(module, args):
             if not torch.is_grad_enabled():  # an evaluation, or the first run of a checkpointed block
                 return
-            x = args[0].detach()
-            known = self._attended is not None and self._attended.shape == x.shape[:-1]
-            x = (x[self._attended.to(x.device)] if known else x.reshape(-1, x.shape[-1])).float()
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
+            if self._attended is not None and len(self._attended) == len(x):
+                x = x[self._attended.to(x.device)]
             if not len(x):
                 return
+            x = x.float()
             with torch.autocast(x.device.type, enabled=False):
                 gram = x.t() @ x / len(x)
             self._heard[key] = heard = self._heard.get(key, 0) + len(x)
