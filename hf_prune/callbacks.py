@@ -18,7 +18,7 @@ from transformers.utils import logging, strtobool
 from .distillation import Distillation
 from .model_card import CARD, card_of, write_card
 from .perp import Attached, add_hooks, attach, check_kinds, let_gradients_through, masked_gradients, take_hooks_off, zero_here_
-from .pruning import check_model
+from .pruning import check_model, wrapped_by_peft
 from .ranks import Ranks
 from .report import PruningReport
 from .serialization import FOLDER, STATE, is_weight_file, state_of
@@ -253,7 +253,7 @@ class PERPCallback(KeepMasksCallback):
 
 def _check_retrainable(model: Any) -> None:
     """Raises ValueError for what KeepMasksCallback trains and PERPCallback does not: adapters of PEFT, and other heads."""
-    if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
+    if hasattr(model, "get_base_model") or wrapped_by_peft(model):
         raise ValueError(
             "PERPCallback makes its own adapters, and PEFT has wrapped layers of this model: leave out peft_config=, get_peft_model "
             "and add_adapter, or train PEFT's adapter with KeepMasksCallback."

@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         _check_machine(args)
         return args.run(args)
     except (ValueError, TypeError, OSError, ImportError, SafetensorError) as error:
-        words = str(error).replace("the argument `trust_remote_code=True`", "--trust-remote-code")
+        words = str(error)
+        if hasattr(args, "trust_remote_code"):
+            words = words.replace("the argument `trust_remote_code=True`", "--trust-remote-code")
         print(f"hf-prune {args.command}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

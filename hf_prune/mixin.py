@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .atomic import replaced_folder
@@ -36,7 +36,6 @@ from .serialization import (
     ADAPTER,
     FOLDER,
     SHRUNK,
-    SOURCE,
     STATE,
     PruningState,
     is_replaced,
@@ -110,7 +109,7 @@ class PruningMixin:
         if not isinstance(config, PruningConfig):
             raise TypeError(f"config must be a PruningConfig, as PruningConfig(method='wanda'), got a {type(config).__name__}.")
         check_model(self, elsewhere=not config.method.structural)
-        known, state = STATE in self.__dict__, _settled(self)  # which looks at masks that it reads
+        known, state = STATE in self.__dict__, settle(self)  # which looks at masks that it reads
         if known and state and (problem := next(filter(None, Ranks.launched().gathered(_changed(self, state))), "")):
             logger.warning(f"pruning without the masks there were: {problem}")
             state = None
@@ -154,7 +153,7 @@ class PruningMixin:
         Raises:
             ValueError: masks that do not agree with the weights.
         """
-        state = _settled(self)
+        state = settle(self)
         return state.masks if state else None
 
     @pruning_masks.deleter
@@ -166,22 +165,8 @@ class PruningMixin:
     def pruning_report(self) -> PruningReport | None:
         """The report of the last `prune`. It is saved with the masks; that of structured pruning, which leaves none, is not saved, but
         that of a later `prune` tells of it."""
-        state = _settled(self)
+        state = settle(self)
         return state.report if state else self.__dict__.get(SHRUNK)
-
-
-def _settled(model: PreTrainedModel) -> PruningState | None:
-    """As `settle`; of weights that may never have been those of the masks it says so."""
-    try:
-        return settle(model)
-    except ValueError as error:
-        if SOURCE not in model.__dict__:
-            never = "was not read by from_pretrained. If it was made from a config alone, it never had the pruned weights"
-        elif MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), type(model)).base_model_prefix != model.base_model_prefix:
-            never = f"names its weights {model.base_model_prefix}.*, so that from_pretrained has read none of the pruned ones"
-        else:
-            raise
-        raise ValueError(f"{error} This {type(model).__name__} {never}: `del model.pruning_masks`.") from error
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -410,7 +395,7 @@ def _checked(model: PreTrainedModel, values: Mapping[str, torch.Tensor]) -> tupl
     if maybe and (name := wrapped_by_peft(model)):
         return None, f"{name} is wrapped by PEFT. The model keeps its masks; before it is saved, {UNWRAP}", False
     try:
-        state = _settled(model)
+        state = settle(model)
         return state, _changed(model, state, values) if state else "", True
     except ValueError as error:
         return None, str(error), True

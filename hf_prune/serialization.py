@@ -388,12 +388,12 @@ def settle(
             )
     except ValueError as error:
         if on_mismatch != "drop":
-            raise
+            raise ValueError(f"{error}{_never_pruned(model)}") from error
         problem = str(error)
     if problem and on_mismatch == "error":
         raise ValueError(
             f"{problem}. The weights were changed after pruning. hf_prune.load(..., on_mismatch='reapply') sets them to zero "
-            "again; on_mismatch='drop', or `del model.pruning_masks`, goes on without masks."
+            f"again; on_mismatch='drop', or `del model.pruning_masks`, goes on without masks.{_never_pruned(model)}"
         )
     if problem and on_mismatch == "drop":
         logger.warning(f"going on without masks: {problem}")
@@ -404,6 +404,17 @@ def settle(
         state.masks.apply(model)
     model.__dict__[STATE] = state
     return state
+
+
+def _never_pruned(model: PreTrainedModel) -> str:
+    """Why its weights may never have been those of the masks, as a further sentence; empty if they were."""
+    if SOURCE not in model.__dict__:
+        why = "was not read by from_pretrained. If it was made from a config alone, it never had the pruned weights"
+    elif MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), type(model)).base_model_prefix != model.base_model_prefix:
+        why = f"names its weights {model.base_model_prefix}.*, so that from_pretrained has read none of the pruned ones"
+    else:
+        return ""
+    return f" This {type(model).__name__} {why}: `del model.pruning_masks`."
 
 
 def state_of(model: PreTrainedModel, who: str) -> PruningState:
